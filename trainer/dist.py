@@ -1,0 +1,124 @@
+"""Ranks: the process group, and the few collectives the trainer uses."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PeerLost(RuntimeError):
+    """A collective failed because another rank died or stopped answering."""
+
+
+def rank() -> int:
+    """This process's number among all ranks; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks take part; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_rank_0() -> bool:
+    """Whether this rank writes what is written once."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device where one is, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init_process_group(*, timeout_seconds: float) -> None:
+    """Join the ranks named by torch's standard variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    A launcher on one host passes rank 0 a listening socket as HALFSTEP_STORE_FD: no port can be taken in between, and the
+    store listens on loopback only.
+    Raises: RuntimeError if not all ranks come within `timeout_seconds`. Collective."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        return
+    number, limit = int(os.environ["RANK"]), timedelta(seconds=timeout_seconds)
+    listening = os.environ.get("HALFSTEP_STORE_FD")
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=number == 0,
+        timeout=limit,
+        master_listen_fd=int(listening) if listening and number == 0 else None,
+        use_libuv=True,
+    )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
+
+
+def destroy_process_group() -> None:
+    """Leave the process group in an orderly way. Collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Add up `tensor` over the ranks, in place, in an order that depends on its size and the world size alone.
+
+    Raises: PeerLost. Collective."""
+    if dist.is_initialized():
+        with _PeerErrors("all_reduce"):
+            dist.all_reduce(tensor)
+
+
+def all_gather_tensor(tensor: Tensor) -> Tensor:
+    """Stack the ranks' tensors, which have one shape and dtype, along a new first axis.
+
+    Raises: PeerLost. Collective."""
+    if not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    with _PeerErrors("all_gather"):
+        dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def broadcast_tensor(tensor: Tensor) -> None:
+    """Overwrite `tensor` with rank 0's. Raises: PeerLost. Collective."""
+    if dist.is_initialized():
+        with _PeerErrors("broadcast"):
+            dist.broadcast(tensor, src=0)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank. Raises: PeerLost. Collective."""
+    value = torch.tensor([float(flag)])
+    all_reduce_sum(value)
+    return bool(value.item())
+
+
+def barrier() -> None:
+    """Return when every rank has come here. Raises: PeerLost. Collective."""
+    any_rank(False)
+
+
+def share(total: int) -> range:
+    """The indices of range(total) that this rank takes: contiguous, shares of all ranks differ by at most one."""
+    first, last = (total * number // world_size() for number in (rank(), rank() + 1))
+    return range(first, last)
+
+
+class _PeerErrors:
+    """Turn the RuntimeError of a broken collective into PeerLost, which names rank and host."""
+
+    def __init__(self, collective: str) -> None:
+        self.collective = collective
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is not None and issubclass(kind, RuntimeError):
+            place = f"rank {rank()} on {socket.gethostname()}"
+            raise PeerLost(f"{place}: a peer was lost in {self.collective}: {error}; run the same command again to resume") from error

@@ -1,0 +1,1 @@
+"""Engines: one whole optimizer step on one or many ranks."""

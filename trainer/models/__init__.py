@@ -1,0 +1,1 @@
+"""Denoising networks and how a batch becomes their input."""
