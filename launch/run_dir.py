@@ -1,0 +1,83 @@
+"""RUN_DIR: made and frozen before the first step, compared at every later one."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from data_shards.index import ShardIndex
+from launch.cluster import ClusterConfig
+from trainer.config import RunConfig, identity
+from trainer.config_io import dump_yaml
+from trainer.files import json_text, read_json_object, replace_file
+
+_PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow", "xformers", "deepspeed", "ray")
+
+
+def freeze(run_dir: Path, config: RunConfig, *, shards: Path, extra_identity: Mapping[str, object] | None = None) -> None:
+    """Write the complete recipe of a run, or check that a run that is there already has the same identity.
+
+    shards: the packed shards, whose index hash is part of the identity. Fields outside the identity may change from
+    attempt to attempt; the frozen recipe follows them.
+    Raises: ValueError listing each difference if this is another run."""
+    wanted: dict[str, object] = {
+        "recipe": identity(config),
+        "shards_sha256": ShardIndex.load(shards).sha256,
+        **(extra_identity or {}),
+    }
+    wanted = json.loads(json.dumps(wanted))
+    record = run_dir / "identity.json"
+    if record.exists():
+        differences = list(_differences(read_json_object(record), wanted))
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise ValueError(
+                f"{run_dir} holds a run of another recipe or other data:\n{lines}\nput these back to resume it, or give another --run-dir"
+            )
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(record, json_text(wanted))
+    replace_file(run_dir / "recipe.yaml", dump_yaml(config))
+
+
+def write_surroundings(run_dir: Path, cluster: ClusterConfig) -> None:
+    """Write cluster.yaml and environment.json: where this attempt runs and with what."""
+    replace_file(run_dir / "cluster.yaml", dump_yaml(cluster))
+    environment = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "git_commit": _git_commit(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+    replace_file(run_dir / "environment.json", json_text(environment))
+
+
+def _differences(was: object, now: object, key: str = "") -> Iterator[str]:
+    """Lines `key: was X, now Y` for what two JSON values do not share."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in [*was, *(name for name in now if name not in was)]:
+            path = name if key in ("", "recipe") else f"{key}.{name}"
+            yield from _differences(was.get(name), now.get(name), path)
+    elif was != now:
+        yield f"{key}: was {json.dumps(was)}, now {json.dumps(now)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code runs from; None for an installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

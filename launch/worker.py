@@ -1,0 +1,102 @@
+"""One rank's process: join the others, do the job, end with an exit code that the launcher understands."""
+
+import errno
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from trainer.files import json_text, replace_file
+
+_JOBS = {
+    "train": "trainer.train:train_job",
+    "distill": "trainer.distill:distill_job",
+    "sample": "trainer.sample:sample_job",
+    "evaluate": "trainer.evaluate:evaluate_job",
+    "export": "trainer.export:export_job",
+    "report": "trainer.report:report_job",
+    "hash": "trainer.hash:hash_job",
+}
+_RUNS = ("train", "distill")
+CRASH, BAD_INPUT, NUMERIC, PEER_LOST, IO_ERROR = 1, 64, 66, 70, 74
+
+
+def main() -> None:
+    """`python -m launch.worker KIND PATH OPTIONS`, with torch's standard variables in the environment."""
+    kind, path, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    _init_logging(path if kind in _RUNS else None)
+    code = _run(kind, path, options)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo may abort while the interpreter tears down; all work is done and flushed.
+    os._exit(code)
+
+
+def _run(kind: str, path: Path, options: dict[str, object]) -> int:
+    from trainer import dist
+
+    try:
+        dist.init_process_group(timeout_seconds=float(os.environ.get("HALFSTEP_TIMEOUT_SECONDS", "300")))
+        code = _job(kind)(path, options)
+        dist.destroy_process_group()
+        return code
+    except Exception as error:
+        code = _exit_code(error)
+        _report(path if kind in _RUNS else None, error, code)
+        return code
+
+
+def _job(kind: str) -> Callable[[Path, dict[str, object]], int]:
+    module, function = _JOBS[kind].split(":")
+    return getattr(import_module(module), function)
+
+
+def _exit_code(error: Exception) -> int:
+    """The worker's exit code (design: the only language between trainer and launchers)."""
+    from trainer.dist import PeerLost
+    from trainer.engines.engine import NumericError
+
+    match error:
+        case NumericError():
+            return NUMERIC
+        case PeerLost():
+            return PEER_LOST
+        case ValueError():
+            return BAD_INPUT
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO | errno.EROFS):
+            return IO_ERROR
+        case _:
+            return CRASH
+
+
+def _report(run_dir: Path | None, error: Exception, code: int) -> None:
+    """Say why this rank ends: a message for what a user can mend, a traceback for our own faults."""
+    rank = os.environ.get("RANK", "0")
+    if code == CRASH:
+        sys.stderr.write("".join(traceback.format_exception(error)))
+    else:
+        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"rank {rank}: error: {error}\n")
+    if run_dir and run_dir.is_dir() and code != PEER_LOST:
+        record = {"code": code, "reason": f"{type(error).__name__}: {error}", "rank": int(rank)}
+        replace_file(run_dir / "exit.json", json_text(record))
+
+
+def _init_logging(run_dir: Path | None) -> None:
+    """Rank 0 logs to the terminal and its file, the others' output is their file."""
+    rank = int(os.environ.get("RANK", "0"))
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if run_dir and rank == 0:
+        (run_dir / "logs").mkdir(exist_ok=True)
+        handlers.append(logging.FileHandler(run_dir / "logs" / "rank_0.log"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers
+    )
+
+
+if __name__ == "__main__":
+    main()
