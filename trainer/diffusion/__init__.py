@@ -1,0 +1,1 @@
+"""Diffusion mathematics: noise schedules, parameterizations and samplers."""

@@ -1,0 +1,110 @@
+"""Noise schedules as fp64 tables of alpha_bar, one entry per timestep, least noise first."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import assert_never
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from trainer.config_sections import (
+    CosineClampedNoiseSchedule,
+    CosineNoiseSchedule,
+    GivenNoiseSchedule,
+    LinearNoiseSchedule,
+    NoiseScheduleConfig,
+    ScaledLinearNoiseSchedule,
+)
+
+COSINE_OFFSET = 0.008
+COSINE_MAX_BETA = 0.999
+CLAMPED_ALPHA_BAR = (1e-5, 0.9999)
+
+
+def build_alpha_bar(noise_schedule: NoiseScheduleConfig) -> Float64[Tensor, " T"]:
+    """The table of a recipe's noise schedule, on the CPU: values in (0, 1), non-increasing.
+
+    Computed with Python's floats, so that its hash is the same under every version of torch and every vector width."""
+    match noise_schedule:
+        case LinearNoiseSchedule(steps=steps, beta_start=first, beta_end=last):
+            return alpha_bar_of_betas(linear_betas(first, last, steps=steps))
+        case ScaledLinearNoiseSchedule(steps=steps, beta_start=first, beta_end=last):
+            return alpha_bar_of_betas(scaled_linear_betas(first, last, steps=steps))
+        case CosineNoiseSchedule(steps=steps):
+            return alpha_bar_of_betas(cosine_betas(steps))
+        case CosineClampedNoiseSchedule(steps=steps):
+            return clamped_cosine_alpha_bar(steps)
+        case GivenNoiseSchedule(betas=betas):
+            return alpha_bar_of_betas(betas)
+        case _:
+            assert_never(noise_schedule)
+
+
+def linear_betas(first: float, last: float, *, steps: int) -> list[float]:
+    """Betas in a straight line. Source: Ho et al. 2020, arXiv:2006.11239, section 4."""
+    return [first + (last - first) * k / max(steps - 1, 1) for k in range(steps)]
+
+
+def scaled_linear_betas(first: float, last: float, *, steps: int) -> list[float]:
+    """Betas whose square roots lie in a straight line. Source: Rombach et al. 2022, arXiv:2112.10752, as in its code."""
+    return [root * root for root in linear_betas(math.sqrt(first), math.sqrt(last), steps=steps)]
+
+
+def cosine_signal(u: float) -> float:
+    """alpha_bar at time u in [0, 1], not divided by its value at 0.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17, f(t)."""
+    return math.cos((u + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+
+
+def cosine_betas(steps: int) -> list[float]:
+    """Betas of the squared cosine, at most 0.999: diffusers' squaredcos_cap_v2.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17 and the text after it."""
+    return [min(1 - cosine_signal((k + 1) / steps) / cosine_signal(k / steps), COSINE_MAX_BETA) for k in range(steps)]
+
+
+def clamped_cosine_alpha_bar(steps: int) -> Float64[Tensor, " T"]:
+    """The squared cosine itself at u = (k + 1) / T, kept within [1e-5, 0.9999]; its noisiest entries may be equal.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17, f(t)."""
+    low, high = CLAMPED_ALPHA_BAR
+    return torch.tensor([min(max(cosine_signal((k + 1) / steps), low), high) for k in range(steps)], dtype=torch.float64)
+
+
+def alpha_bar_of_betas(betas: Iterable[float]) -> Float64[Tensor, " T"]:
+    """Products of 1 - beta up to and with each timestep; betas in (0, 1]. Source: Ho et al. 2020, arXiv:2006.11239, equation 4."""
+    return torch.tensor(list(accumulate((1 - beta for beta in betas), mul)), dtype=torch.float64)
+
+
+def respaced_betas(alpha_bar: Float64[Tensor, " T"], timesteps: Sequence[int]) -> list[float]:
+    """Betas of a schedule that has only the given ascending timesteps: what a re-indexed stock scheduler takes as trained_betas.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19."""
+    levels = [1.0, *(float(alpha_bar[timestep]) for timestep in timesteps)]
+    return [1 - noisier / cleaner for cleaner, noisier in pairwise(levels)]
+
+
+def alpha_sigma(alpha_bar: Float[Tensor, "*levels"]) -> tuple[Float[Tensor, "*levels"], Float[Tensor, "*levels"]]:
+    """Signal and noise scale, alpha_t and sigma_t, in [0, 1]; their squares add up to 1."""
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def log_snr(alpha_bar: Float[Tensor, "*levels"]) -> Float[Tensor, "*levels"]:
+    """Natural logarithm of the signal-to-noise ratio alpha^2 / sigma^2. Source: Kingma et al. 2021, arXiv:2107.00630, equation 3."""
+    return alpha_bar.log() - torch.log1p(-alpha_bar)
+
+
+def draw_index(uniforms: Float[Tensor, " b"], count: int) -> Int64[Tensor, " b"]:
+    """Indices below `count`, equally likely for uniforms in [0, 1)."""
+    # A product next to `count` may round up to it.
+    return (uniforms * count).long().clamp_(max=count - 1)
+
+
+def alpha_bar_sha256(alpha_bar: Float64[Tensor, " T"]) -> str:
+    """Hex digest of the whole table as little-endian fp64 bytes."""
+    return hashlib.sha256(alpha_bar.cpu().double().numpy().astype("<f8").tobytes()).hexdigest()
