@@ -35,40 +35,40 @@ class HalvingGrid:
     ancestral_weight: Float[Tensor, " n"]
     """The same for the ancestral target: 1, or 0 where a step covers a single teacher step."""
 
+    @staticmethod
+    def build(
+        alpha_bar: Float64[Tensor, " T"],
+        teacher_timesteps: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> "HalvingGrid":
+        """The grid on which the teacher of these ascending original timesteps is halved.
+
+        Raises: ValueError if it has fewer than two."""
+        student = halve(teacher_timesteps)
+        # Positions on the teacher's grid; -1 is the clean image after its last step.
+        level = torch.arange(len(teacher_timesteps) - 1, -1, -2).flip(0)
+        single = level == 0
+        mid = torch.where(single, level, level - 1)
+        table = alpha_bar.cpu()[list(teacher_timesteps)]
+        alpha, sigma = alpha_sigma(table)
+        rho = torch.cat([alpha / sigma, torch.tensor([torch.inf], dtype=torch.float64)])
+        columns = {
+            "timestep": torch.tensor(student),
+            "alpha_t": alpha[level],
+            "sigma_t": sigma[level],
+            "timestep_mid": torch.tensor(teacher_timesteps)[mid],
+            "alpha_mid": alpha[mid],
+            "sigma_mid": sigma[mid],
+            "ddim_weight": torch.where(single, 0.0, second_weight(rho[level], rho[mid], rho_s=rho[(level - 2).clamp(min=-1)])),
+            "ancestral_weight": (~single).double(),
+        }
+        return HalvingGrid(**{name: column.to(dtype=dtype, device=device) for name, column in columns.items()})
+
     def __len__(self) -> int:
         """The student's sampling steps."""
         return len(self.timestep)
-
-
-def halving_grid(
-    alpha_bar: Float64[Tensor, " T"],
-    teacher_timesteps: Sequence[int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
-) -> HalvingGrid:
-    """The grid on which the teacher of these ascending original timesteps is halved.
-
-    Raises: ValueError if it has fewer than two."""
-    student = halve(teacher_timesteps)
-    # Positions on the teacher's grid; -1 is the clean image after its last step.
-    level = torch.arange(len(teacher_timesteps) - 1, -1, -2).flip(0)
-    single = level == 0
-    mid = torch.where(single, level, level - 1)
-    table = alpha_bar.cpu()[list(teacher_timesteps)]
-    alpha, sigma = alpha_sigma(table)
-    rho = torch.cat([alpha / sigma, torch.tensor([torch.inf], dtype=torch.float64)])
-    columns = {
-        "timestep": torch.tensor(student),
-        "alpha_t": alpha[level],
-        "sigma_t": sigma[level],
-        "timestep_mid": torch.tensor(teacher_timesteps)[mid],
-        "alpha_mid": alpha[mid],
-        "sigma_mid": sigma[mid],
-        "ddim_weight": torch.where(single, 0.0, second_weight(rho[level], rho[mid], rho_s=rho[(level - 2).clamp(min=-1)])),
-        "ancestral_weight": (~single).double(),
-    }
-    return HalvingGrid(**{name: column.to(dtype=dtype, device=device) for name, column in columns.items()})
 
 
 def second_weight(rho_t: Float64[Tensor, " n"], rho_mid: Float64[Tensor, " n"], *, rho_s: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
