@@ -1,0 +1,1 @@
+"""Shards: making them (faces, folders), checking them, and reading them in a pure order."""

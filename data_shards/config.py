@@ -1,0 +1,60 @@
+"""Names and limits of shards; imports no torch, so that `launch` may use it on a login node."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+OnBadSample = Literal["raise", "skip"]
+ImageFormat = Literal["png", "webp", "jpg"]
+Field = Literal["image", "caption", "attributes"]
+
+INDEX_NAME = "index.json"
+INDEX_SCHEMA_VERSION = 1
+DEFAULT_SAMPLES_PER_SHARD = 500
+DEFAULT_BACKGROUND = "#ffffff"
+
+CAPTION_EXTENSION = "txt"
+ATTRIBUTES_EXTENSION = "json"
+# extension -> the one Pillow format that may stand behind it
+IMAGE_FORMATS: dict[str, str] = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
+ALLOWED_EXTENSIONS: tuple[str, ...] = (*IMAGE_FORMATS, CAPTION_EXTENSION, ATTRIBUTES_EXTENSION)
+
+MAX_IMAGE_PIXELS = 2**26  # 8192 x 8192
+MAX_IMAGE_BYTES = 2**26
+MAX_CAPTION_BYTES = 2**16
+MAX_ATTRIBUTES_BYTES = 2**20
+MAX_REPLACEMENTS = 16  # bad samples in a row before `skip` gives up
+
+CC0 = "CC0-1.0"
+CC_BY = "CC-BY-4.0"
+
+
+@dataclass(frozen=True)
+class FaceStyle:
+    """One style of the faces source: its licence and the artist to name."""
+
+    name: str
+    licence: str
+    creator: str
+    title: str
+    source_url: str
+
+
+FACE_STYLES: dict[str, FaceStyle] = {
+    style.name: style
+    for style in (
+        FaceStyle("open-peeps", CC0, "Pablo Stanley", "Open Peeps", "https://www.openpeeps.com/"),
+        FaceStyle("critters", CC0, "DiceBear", "Critters", "https://www.dicebear.com"),
+        FaceStyle("voxel-art", CC0, "DiceBear", "Voxel Art", "https://www.dicebear.com"),
+        FaceStyle("toon-head", CC_BY, "Johan Melin", "ToonHead", "https://www.figma.com/community/file/1589627891082866389"),
+        FaceStyle("personas", CC_BY, "Draftbit - draftbit.com", "Personas by Draftbit", "https://personas.draftbit.com/"),
+        FaceStyle("big-smile", CC_BY, "Ashley Seo", "Custom Avatar", "https://www.figma.com/community/file/881358461963645496"),
+        FaceStyle("micah", CC_BY, "Micah Lanier", "Avatar Illustration System", "https://www.figma.com/community/file/829741575478342595"),
+    )
+}
+
+
+def member_limit_bytes(extension: str) -> int:
+    """Largest size a member of this extension may have."""
+    if extension in IMAGE_FORMATS:
+        return MAX_IMAGE_BYTES
+    return MAX_CAPTION_BYTES if extension == CAPTION_EXTENSION else MAX_ATTRIBUTES_BYTES

@@ -1,0 +1,130 @@
+"""The pure order of training data: which samples make up micro-batch (step, index)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import final
+
+import numpy as np
+from jaxtyping import Int64
+
+from data_shards.keyed import permutation, random_bits
+
+
+@final
+@dataclass(frozen=True)
+class SampleRefs:
+    """The samples of one micro-batch: for each its shard and its position in that shard."""
+
+    shards: Int64[np.ndarray, " b"]
+    positions: Int64[np.ndarray, " b"]
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """Order of all epochs as a function of (samples_per_shard, seed, batch sizes) alone: no state, no cursor.
+
+    An epoch lays the shards end to end in an order drawn for it, each with its samples in an order drawn for it, and cuts
+    that line into one lane a micro-batch index. So every sample comes once an epoch, all but a remainder under one global
+    batch; the world size changes nothing; and a lane runs through its shards in sequence.
+    Raises: ValueError if a size does not divide, a shard is empty, or the shards hold less than one global batch.
+    """
+
+    samples_per_shard: tuple[int, ...]
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size or self.global_batch_size < 1:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}; "
+                "set data.global_batch_size to one"
+            )
+        empty = [shard for shard, samples in enumerate(self.samples_per_shard) if samples < 1]
+        if empty:
+            raise ValueError(f"shard {empty[0]} of {len(self.samples_per_shard)} is empty; pack the shards again")
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"the shards hold {self.samples} samples, less than one global batch of {self.global_batch_size}; "
+                "pack more samples or lower data.global_batch_size"
+            )
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(self.samples_per_shard)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which each sample is used once, but for the remainder."""
+        return self.samples // self.global_batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one optimizer step, which is the number of lanes."""
+        return self.global_batch_size // self.micro_batch_size
+
+    @property
+    def lane_samples(self) -> int:
+        """Samples that one micro-batch index uses in an epoch."""
+        return self.steps_per_epoch * self.micro_batch_size
+
+    def micro_batch(self, step: int, index: int) -> SampleRefs:
+        """Samples of micro-batch `index` (0 .. micro_batches - 1) of optimizer step `step` (from 0, over all epochs).
+
+        Raises: IndexError if either is out of range.
+        """
+        if step < 0 or not 0 <= index < self.micro_batches:
+            raise IndexError(f"no micro-batch (step={step}, index={index}): step >= 0 and 0 <= index < {self.micro_batches}")
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = index * self.lane_samples + step_in_epoch * self.micro_batch_size
+        return self._line(epoch, first, first + self.micro_batch_size)
+
+    def replacement(self, step: int, index: int, position: int, *, attempt: int) -> tuple[int, int]:
+        """Shard and position of the sample that stands in for a bad one at (step, index, position in the micro-batch).
+
+        attempt: from 0, counts replacements that were bad themselves. The same on every rank and every resume.
+        """
+        drawn = int(random_bits(1, self.seed, "replacement", step, index, position, attempt)[0] % self.samples)
+        ends = np.cumsum(np.asarray(self.samples_per_shard, dtype=np.int64))
+        shard = int(np.searchsorted(ends, drawn, side="right"))
+        return shard, drawn - int(ends[shard]) + self.samples_per_shard[shard]
+
+    def lane_shards(self, epoch: int, index: int) -> tuple[int, ...]:
+        """Shards that lane `index` reads in this epoch, in the order it reads them."""
+        order, ends = _shard_order(self.samples_per_shard, self.seed, epoch)
+        first = index * self.lane_samples
+        low, high = np.searchsorted(ends, (first, first + self.lane_samples - 1), side="right")
+        return tuple(int(shard) for shard in order[low : high + 1])
+
+    def _line(self, epoch: int, first: int, end: int) -> SampleRefs:
+        """Samples first .. end-1 of an epoch's line."""
+        order, ends = _shard_order(self.samples_per_shard, self.seed, epoch)
+        at = int(np.searchsorted(ends, first, side="right"))
+        shards: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        while first < end:
+            shard, shard_end = int(order[at]), int(ends[at])
+            start = shard_end - self.samples_per_shard[shard]
+            taken = _sample_order(self.samples_per_shard[shard], self.seed, epoch, shard)[first - start : min(end, shard_end) - start]
+            shards.append(np.full(len(taken), shard, dtype=np.int64))
+            positions.append(taken)
+            first, at = first + len(taken), at + 1
+        if len(shards) == 1:
+            return SampleRefs(shards[0], positions[0])
+        return SampleRefs(np.concatenate(shards), np.concatenate(positions))
+
+
+# Caches of pure functions: 2 epochs of shard orders, and of sample orders as many as lanes of one process are likely to hold.
+@lru_cache(maxsize=2)
+def _shard_order(samples_per_shard: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shards in this epoch's order, and where on the epoch's line each ends."""
+    order = permutation(len(samples_per_shard), seed, "shards", epoch)
+    return order, np.cumsum(np.asarray(samples_per_shard, dtype=np.int64)[order])
+
+
+@lru_cache(maxsize=256)
+def _sample_order(samples: int, seed: int, epoch: int, shard: int) -> np.ndarray:
+    """Positions of one shard's samples in this epoch's order."""
+    return permutation(samples, seed, "samples", epoch, shard)

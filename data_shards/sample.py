@@ -1,0 +1,57 @@
+"""What the reader hands over: a micro-batch, and the name of a sample that could not be read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class BadSample:
+    """Where a sample lies that can't be used, and why; offset: byte of its member's data in the shard."""
+
+    shard: str
+    key: str
+    offset: int
+    reason: str
+
+    def __str__(self) -> str:
+        """One line for a message."""
+        return f"{self.shard}: sample {self.key!r} at byte {self.offset}: {self.reason}"
+
+
+@final
+class BadSampleError(ValueError):
+    """A sample that can't be used, under the policy `raise`; holds its name."""
+
+    def __init__(self, bad: BadSample, mend: str) -> None:
+        super().__init__(f"{bad}; {mend}")
+        self.bad = bad
+        self.mend = mend
+
+    def __reduce__(self) -> tuple[type["BadSampleError"], tuple[BadSample, str]]:
+        """Lets a worker process hand it on whole."""
+        return BadSampleError, (self.bad, self.mend)
+
+
+@final
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch as it was delivered.
+
+    images: 0 .. 255; keys: of the samples really delivered; captions (None where a sample has none) and attributes are empty
+    where the reader was not asked for them; replaced: bad samples that others stand in for.
+    """
+
+    images: UInt8[Tensor, "b c h w"]
+    keys: tuple[str, ...]
+    captions: tuple[str | None, ...] = ()
+    attributes: tuple[Mapping[str, str], ...] = ()
+    replaced: tuple[BadSample, ...] = ()
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same with its images in page-locked memory; what a DataLoader with pin_memory calls."""
+        return replace(self, images=self.images.pin_memory())
