@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from launch.cluster import ClusterConfig
 from launch.rank_env import rank_environment
-from trainer.files import json_text, replace_file
+from trainer.files import json_text, read_json_object, replace_file
 
 DONE, BAD_INPUT, CRASH, PEER_LOST = 0, 64, 1, 70
 _EXIT_CODES = {DONE, 64, 65, 66, 70, 74, 75}
@@ -38,6 +38,8 @@ def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | Non
     run_dir: where logs and exit.json go and whose lock is held while any rank lives; None for jobs that own no folder.
     A rank that is killed by a signal counts as lost (70); the others then have ten seconds to leave before they are killed."""
     lock = _lock(run_dir) if run_dir else None
+    if run_dir:
+        job = replace(job, options={**job.options, "previous_end": _take_exit_record(run_dir)})
     listening = socket.create_server(("127.0.0.1", 0), backlog=max(16, ranks))
     try:
         processes = _start(job, cluster, ranks=ranks, run_dir=run_dir, listening=listening, lock=lock)
@@ -68,6 +70,16 @@ def _lock(run_dir: Path) -> int:
         os.close(descriptor)
         raise ValueError(f"{run_dir}: another process is running this run; wait for it, stop it, or give another --run-dir") from None
     return descriptor
+
+
+def _take_exit_record(run_dir: Path) -> str | None:
+    """How the last attempt ended, removed so that this one's end is not mistaken for it; None where it could not say."""
+    record = run_dir / "exit.json"
+    if not record.exists():
+        return None
+    fields = read_json_object(record)
+    record.unlink()
+    return f"{fields.get('code')}: {fields.get('reason')}"
 
 
 def _start(

@@ -18,18 +18,15 @@ from trainer.files import json_text, read_json_object, replace_file
 _PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow", "xformers", "deepspeed", "ray")
 
 
-def freeze(run_dir: Path, config: RunConfig, *, shards: Path, extra_identity: Mapping[str, object] | None = None) -> None:
+def freeze(run_dir: Path, config: RunConfig, *, shards: Path, steps_fixed: bool = False) -> None:
     """Write the complete recipe of a run, or check that a run that is there already has the same identity.
 
     shards: the packed shards, whose index hash is part of the identity. Fields outside the identity may change from
-    attempt to attempt; the frozen recipe follows them.
+    attempt to attempt; the frozen recipe follows them. steps_fixed: train.steps may not grow, whatever the learning rate.
     Raises: ValueError listing each difference if this is another run."""
-    wanted: dict[str, object] = {
-        "recipe": identity(config),
-        "shards_sha256": ShardIndex.load(shards).sha256,
-        **(extra_identity or {}),
-    }
-    wanted = json.loads(json.dumps(wanted))
+    wanted = {**identity(config), "data.shards sha256": ShardIndex.load(shards).sha256}
+    if steps_fixed or not config.steps_may_grow:
+        wanted["train.steps"] = config.train.steps
     record = run_dir / "identity.json"
     if record.exists():
         differences = list(_differences(read_json_object(record), wanted))
@@ -57,14 +54,11 @@ def write_surroundings(run_dir: Path, cluster: ClusterConfig) -> None:
     replace_file(run_dir / "environment.json", json_text(environment))
 
 
-def _differences(was: object, now: object, key: str = "") -> Iterator[str]:
-    """Lines `key: was X, now Y` for what two JSON values do not share."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for name in [*was, *(name for name in now if name not in was)]:
-            path = name if key in ("", "recipe") else f"{key}.{name}"
-            yield from _differences(was.get(name), now.get(name), path)
-    elif was != now:
-        yield f"{key}: was {json.dumps(was)}, now {json.dumps(now)}"
+def _differences(was: Mapping[str, object], now: Mapping[str, object]) -> Iterator[str]:
+    """Lines `key: was X, now Y` for what two identities do not share."""
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            yield f"{key}: was {json.dumps(was.get(key))}, now {json.dumps(now.get(key))}"
 
 
 def _version(package: str) -> str | None:

@@ -43,6 +43,9 @@ def _run(kind: str, path: Path, options: dict[str, object]) -> int:
     try:
         dist.init_process_group(timeout_seconds=float(os.environ.get("HALFSTEP_TIMEOUT_SECONDS", "300")))
         code = _job(kind)(path, options)
+        if kind in _RUNS and dist.is_rank_0():
+            reason = "done" if code == 0 else "asked to stop; the same command goes on from the checkpoint"
+            replace_file(path / "exit.json", json_text({"code": code, "reason": reason}))
         dist.destroy_process_group()
         return code
     except Exception as error:

@@ -1,0 +1,101 @@
+"""A chain of halvings as folders: chain.json, and a frozen recipe for each stage."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.run_dir import freeze
+from trainer.config import (
+    DistillConfig,
+    EmaConfig,
+    ProgressiveDistillationConfig,
+    RunConfig,
+    student_counts,
+)
+from trainer.config_io import load_recipe
+from trainer.files import json_text, replace_file
+from trainer.stages import stage_name
+
+
+def with_teacher(config: RunConfig, teacher: Path) -> RunConfig:
+    """The recipe with the sections that a trained teacher decides: model, noise schedule and prediction.
+
+    Raises: ValueError if the recipe sets one of them and the teacher was trained with another."""
+    recipe = load_recipe(teacher / "recipe.yaml", ())
+    for section in ("model", "noise_schedule"):
+        if section in config.model_fields_set and getattr(config, section) != getattr(recipe, section):
+            raise ValueError(
+                f"{section} is {getattr(config, section)}, but the teacher {teacher} was trained with {getattr(recipe, section)}; "
+                f"leave {section} out of the recipe to take the teacher's"
+            )
+    return config.model_copy(update={"model": recipe.model, "noise_schedule": recipe.noise_schedule, "objective": recipe.objective})
+
+
+def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path) -> None:
+    """Write (or check) the chain's own files and each stage's RUN_DIR up to its frozen recipe."""
+    counts = (distill.start_steps, *student_counts(distill))
+    freeze(chain_dir, config, shards=shards, steps_fixed=True)
+    if distill.teacher is None:
+        levels = config.noise_schedule.steps
+        teacher = stage_name(0, levels)
+        stages = [{"name": teacher, "steps": levels, "run_dir": teacher}]
+        freeze(chain_dir / teacher, _stage_config(config, chain_dir / teacher, shards), shards=shards, steps_fixed=True)
+    else:
+        teacher = os.path.abspath(distill.teacher)
+        stages = [{"name": "teacher", "steps": config.noise_schedule.steps, "run_dir": teacher}]
+    for number, (teacher_steps, steps) in enumerate(zip(counts, counts[1:], strict=False), start=1):
+        name = stage_name(number, steps)
+        stage = student_config(config, distill, number=number, teacher_steps=teacher_steps, steps=steps)
+        source = teacher if os.path.isabs(teacher) else f"../{teacher}"
+        stage = stage.model_copy(update={"objective": stage.objective.model_copy(update={"teacher": source})})
+        freeze(chain_dir / name, _stage_config(stage, chain_dir / name, shards), shards=shards, steps_fixed=True)
+        stages.append({"name": name, "steps": steps, "run_dir": name})
+        teacher = name
+    replace_file(chain_dir / "chain.json", json_text({"schema_version": 1, "stages": stages}))
+
+
+def student_config(config: RunConfig, distill: DistillConfig, *, number: int, teacher_steps: int, steps: int) -> RunConfig:
+    """The recipe of stage `number` (from 1), whose student samples in `steps` steps; its objective's teacher is still to be named."""
+    objective = ProgressiveDistillationConfig(
+        teacher="..",
+        teacher_steps=teacher_steps,
+        student_steps=steps,
+        target=distill.target,
+        sampler=distill.sampler,
+        prediction=config.objective.prediction,
+        loss=distill.loss,
+        min_snr_gamma=distill.min_snr_gamma,
+        clip_target=distill.clip_target,
+    )
+    batch = distill.global_batch_size or config.data.global_batch_size
+    every = distill.checkpoint_every_steps or config.checkpoint.every_steps
+    return config.model_copy(
+        update={
+            "seed": stage_seed(config.seed, number),
+            "data": config.data.model_copy(update={"global_batch_size": batch}),
+            "objective": objective,
+            "optim": config.optim.model_copy(update={"learning_rate": _of_stage(distill.learning_rate, number)}),
+            "lr_schedule": distill.lr_schedule,
+            "ema": EmaConfig(decay=distill.ema_decay, warmup=config.ema.warmup),
+            "train": config.train.model_copy(update={"steps": _of_stage(distill.updates, number)}),
+            "checkpoint": config.checkpoint.model_copy(update={"every_steps": every}),
+        }
+    )
+
+
+def stage_seed(seed: int, number: int) -> int:
+    """The seed of stage `number`, derived from the chain's as trainer.rng derives every seed (without importing torch)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/stage/{number}".encode("ascii")).digest()[:8], "little") >> 1
+
+
+def _stage_config(config: RunConfig, run_dir: Path, shards: Path) -> RunConfig:
+    """The recipe as a stage's folder freezes it: no chain in it, its shards as seen from there."""
+    inside = shards.is_relative_to(run_dir.parent)
+    seen = os.path.relpath(shards, run_dir) if inside else str(shards)
+    return config.model_copy(update={"distill": None, "data": config.data.model_copy(update={"shards": seen, "faces": None})})
+
+
+def _of_stage[Value: (int, float)](values: Value | Sequence[Value], number: int) -> Value:
+    """A recipe's value for stage `number` (from 1): one for all, or one a stage."""
+    return values[number - 1] if isinstance(values, Sequence) else values

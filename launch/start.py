@@ -1,0 +1,93 @@
+"""From a recipe to running ranks: shards packed where the recipe asks for it, folders frozen, ranks started."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.chain import freeze_chain, with_teacher
+from launch.cluster import ClusterConfig, load_cluster
+from launch.local import Job, run_job
+from launch.progress import pack_progress
+from launch.run_dir import freeze, write_surroundings
+from trainer.config import RunConfig
+from trainer.config_io import dump_yaml, load_recipe, recipe_path
+
+
+def start_train(
+    recipe: str, overrides: Sequence[str], *, run_dir: Path | None, cluster: str, ranks: int | None, dry_run: bool = False
+) -> int:
+    """Train a recipe, or resume it where RUN_DIR holds its run; returns the run's exit code.
+
+    ranks: of a local run; None takes the cluster file's.
+    Raises: ValueError for a recipe, data or folder that cannot be used."""
+    config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
+    if dry_run:
+        return _show(config, folder, count)
+    shards = _shards(config, folder)
+    seen = "shards" if config.data.shards is None else str(shards)
+    freeze(folder, config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})}), shards=shards)
+    write_surroundings(folder, machines)
+    return run_job(Job("train", folder, {}), machines, ranks=count, run_dir=folder)
+
+
+def start_distill(
+    recipe: str, overrides: Sequence[str], *, run_dir: Path | None, cluster: str, ranks: int | None, dry_run: bool = False
+) -> int:
+    """Run a chain of halvings, or go on with it; returns the exit code of the stage that ended it, 0 when all are done.
+
+    Raises: ValueError for a recipe, teacher, data or folder that cannot be used."""
+    config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
+    if config.distill is None:
+        raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
+    if config.distill.teacher is not None:
+        config = with_teacher(config, Path(config.distill.teacher))
+    if dry_run:
+        return _show(config, folder, count)
+    shards = _shards(config, folder)
+    freeze_chain(folder, config, config.distill, shards=shards)
+    write_surroundings(folder, machines)
+    return run_job(Job("distill", folder, {}), machines, ranks=count, run_dir=folder)
+
+
+def _prepare(
+    recipe: str, overrides: Sequence[str], *, run_dir: Path | None, cluster: str, ranks: int | None
+) -> tuple[RunConfig, ClusterConfig, Path, int]:
+    """Recipe, cluster, RUN_DIR and number of ranks, checked against each other."""
+    own = [text for text in overrides if not text.startswith("cluster.")]
+    config = load_recipe(recipe_path(recipe), own)
+    machines = load_cluster(cluster, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")])
+    count = ranks or machines.ranks_per_node
+    for batch in {config.data.global_batch_size, (config.distill and config.distill.global_batch_size) or config.data.global_batch_size}:
+        if batch // config.data.micro_batch_size % count:
+            raise ValueError(
+                f"{count} ranks cannot divide {batch // config.data.micro_batch_size} micro-batches (global batch {batch} / "
+                f"data.micro_batch_size={config.data.micro_batch_size}); give --ranks or data.micro_batch_size so that they do"
+            )
+    return config, machines, run_dir or Path("runs") / recipe_path(recipe).stem, count
+
+
+def _shards(config: RunConfig, run_dir: Path) -> Path:
+    """The recipe's packed shards; faces are packed into RUN_DIR/shards first (finished shards are kept)."""
+    if config.data.shards is not None:
+        return Path(os.path.abspath(config.data.shards))
+    faces = config.data.faces
+    assert faces is not None, "the recipe's own check asks for shards or faces"
+    return pack_faces(run_dir / "shards", style=faces.style, count=faces.count, size=faces.size, seed=faces.seed)
+
+
+def pack_faces(out: Path, *, style: str, count: int, size: int, seed: int, start: int = 0) -> Path:
+    """Pack cartoon faces `start` to `start + count - 1` of a style; shards that are there already are kept."""
+    from data_shards.faces import FacesSource
+    from data_shards.pack import pack
+
+    source = FacesSource(style=style, count=count, seed=seed, start=start)
+    with pack_progress(f"packing {count} faces") as progress:
+        pack(source, out, size=size, samples_per_shard=1000, seed=seed, workers=os.cpu_count() or 1, progress=progress)
+    return Path(os.path.abspath(out))
+
+
+def _show(config: RunConfig, run_dir: Path, ranks: int) -> int:
+    """What a run would do, without doing it."""
+    sys.stdout.write(f"# would run on {ranks} local ranks in {run_dir}\n{dump_yaml(config)}")
+    return 0

@@ -1,0 +1,25 @@
+"""A chain of halvings: each stage an ordinary run, the ranks kept alive from one to the next."""
+
+import logging
+from pathlib import Path
+
+from trainer.chain import read_chain
+from trainer.options import Options, optional_text
+from trainer.stop import StopRequest
+from trainer.train import DONE, train
+
+logger = logging.getLogger(__name__)
+
+
+def distill_job(path: Path, options: Options) -> int:
+    """Run the stages that the chain in `path` trains, in order; a finished one takes no time. Returns the exit code. Collective."""
+    stop = StopRequest()
+    stop.install()
+    for stage in read_chain(path):
+        if not stage.trained_here:
+            continue
+        code = train(stage.run_dir, stop, previous_end=optional_text(options, "previous_end"))
+        if code != DONE:
+            return code
+        logger.info("%s is done: %d steps", stage.name, stage.steps)
+    return DONE

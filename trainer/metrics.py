@@ -1,0 +1,183 @@
+"""What a run reports: metrics.jsonl, TensorBoard and a line or bar for people. The ledger of what was delivered."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import final
+
+from PIL import Image
+
+from trainer.files import cut_lines
+
+_PLAIN_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    loss_hex: str
+    """The loss's exact value: float.hex()."""
+    gradient_norm: float
+    learning_rate: float
+    images_per_second: float
+    step_seconds: float
+    data_wait_seconds: float
+
+
+_TAGS = {
+    "loss": "train/loss",
+    "gradient_norm": "train/gradient_norm",
+    "learning_rate": "train/learning_rate",
+    "images_per_second": "speed/images_per_second",
+    "data_wait_seconds": "speed/data_wait_seconds",
+}
+
+
+@final
+class Reporter:
+    """Rank 0's view of a run. A resume at step s drops what earlier attempts reported of step s and later."""
+
+    def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, recipe_text: str, title: str) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # 1 s: rank 0 alone needs it
+
+        cut_lines(run_dir / "metrics.jsonl", before_step=start_step)
+        self.run_dir = run_dir
+        self.file = open(run_dir / "metrics.jsonl", "a", encoding="ascii")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step, flush_secs=20)
+        self.board.add_text("recipe", f"```yaml\n{recipe_text}\n```", start_step)
+        self.progress = _Bar(title, start_step, total_steps) if sys.stderr.isatty() else _PlainLines(title, start_step, total_steps)
+        (run_dir / "samples").mkdir(exist_ok=True)
+
+    def write_step(self, metrics: StepMetrics) -> None:
+        """Report one optimizer step."""
+        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        self.file.flush()
+        for name, tag in _TAGS.items():
+            self.board.add_scalar(tag, getattr(metrics, name), metrics.step)
+        self.progress.show(metrics)
+
+    def write_samples(self, step: int, grids: Mapping[str, Image.Image]) -> None:
+        """Report sample grids by name (ema, raw): as PNG the first, in TensorBoard all."""
+        import numpy as np
+
+        for name, grid in grids.items():
+            suffix = "" if name == "ema" else f"_{name}"
+            grid.save(self.run_dir / "samples" / f"step_{step:06d}{suffix}.png")
+            self.board.add_image(f"samples/{name}", np.asarray(grid), step, dataformats="HWC")
+
+    def write_outcome(self, hyperparameters: Mapping[str, str | float], loss: float) -> None:
+        """Report the run's hyper-parameters with its last loss, for TensorBoard's table of runs."""
+        self.board.add_hparams(dict(hyperparameters), {"outcome/loss": loss}, run_name=".")
+
+    def sync(self) -> None:
+        """Make what was reported so far durable; called before a checkpoint commits the steps it belongs to."""
+        import os
+
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
+    def close(self) -> None:
+        """Close files and leave the terminal tidy."""
+        self.progress.close()
+        self.file.close()
+        self.board.close()
+
+
+@final
+class Ledger:
+    """What this rank really delivered to the model, a line a micro-batch."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.file = open(run_dir / "ledger" / f"rank_{rank}.jsonl", "a", encoding="ascii")
+
+    def write(self, step: int, index: int, *, keys_sha256: str, draws_sha256: str) -> None:
+        """Record micro-batch (step, index)."""
+        self.file.write(f'{{"step": {step}, "index": {index}, "keys_sha256": "{keys_sha256}", "noise_sha256": "{draws_sha256}"}}\n')
+
+    def flush(self) -> None:
+        """Hand the lines to the system, so that they outlive this process; called once a step."""
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Make the lines durable."""
+        import os
+
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def cut_ledgers(run_dir: Path, *, before_step: int) -> None:
+    """Drop the ledger lines of steps that will be run again, whatever ranks wrote them."""
+    (run_dir / "ledger").mkdir(exist_ok=True)
+    for path in (run_dir / "ledger").glob("rank_*.jsonl"):
+        cut_lines(path, before_step=before_step)
+
+
+@final
+class _PlainLines:
+    """A line every few seconds, for logs."""
+
+    def __init__(self, title: str, start_step: int, total_steps: int) -> None:
+        self.title, self.start_step, self.total_steps = title, start_step, total_steps
+        self.started = time.monotonic()
+        self.last_shown = 0.0
+
+    def show(self, metrics: StepMetrics) -> None:
+        now = time.monotonic()
+        done = metrics.step + 1
+        if now - self.last_shown < _PLAIN_LINE_SECONDS and done != self.total_steps:
+            return
+        self.last_shown = now
+        left = (self.total_steps - done) * (now - self.started) / max(1, done - self.start_step)
+        sys.stderr.write(
+            f"{self.title}: step {done}/{self.total_steps}  loss {metrics.loss:.4f}  {metrics.images_per_second:.0f} images/s  "
+            f"data wait {100 * metrics.data_wait_seconds / metrics.step_seconds:.0f}%  ETA {_clock(left)}\n"
+        )
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self, title: str, start_step: int, total_steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s  data wait {task.fields[wait]:.0f}%  ETA"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(title, total=total_steps, completed=start_step, loss=float("nan"), speed=0.0, wait=0.0)
+        self.bar.start()
+
+    def show(self, metrics: StepMetrics) -> None:
+        wait = 100 * metrics.data_wait_seconds / metrics.step_seconds
+        self.bar.update(self.task, completed=metrics.step + 1, loss=metrics.loss, speed=metrics.images_per_second, wait=wait)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
