@@ -1,0 +1,1 @@
+"""Recipes (what) and clusters (where) that come with halfstep."""

@@ -1,0 +1,201 @@
+"""The recipe: what a run does, and which part of that is the run's identity. Free of torch."""
+
+from collections.abc import Iterator
+
+from trainer.config_sections import (
+    CheckpointConfig,
+    ConstantLRSchedule,
+    CosineClampedNoiseSchedule,
+    CosineLRSchedule,
+    CosineNoiseSchedule,
+    CountOrZero,
+    DataConfig,
+    DenoisingConfig,
+    DenoisingLoss,
+    DistillationLoss,
+    DistillConfig,
+    EmaConfig,
+    EngineConfig,
+    FacesConfig,
+    GivenNoiseSchedule,
+    LinearLRSchedule,
+    LinearNoiseSchedule,
+    LoggingConfig,
+    LRScheduleConfig,
+    ModelConfig,
+    NoiseScheduleConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    Prediction,
+    Problem,
+    ProgressiveDistillationConfig,
+    Sampler,
+    ScaledLinearNoiseSchedule,
+    Section,
+    StepDecayLRSchedule,
+    TinyUNetConfig,
+    TrainConfig,
+)
+from trainer.stages import halving_counts
+
+__all__ = [
+    "CheckpointConfig",
+    "ConstantLRSchedule",
+    "CosineClampedNoiseSchedule",
+    "CosineLRSchedule",
+    "CosineNoiseSchedule",
+    "DataConfig",
+    "DenoisingConfig",
+    "DenoisingLoss",
+    "DistillConfig",
+    "DistillationLoss",
+    "EmaConfig",
+    "EngineConfig",
+    "FacesConfig",
+    "GivenNoiseSchedule",
+    "LRScheduleConfig",
+    "LinearLRSchedule",
+    "LinearNoiseSchedule",
+    "LoggingConfig",
+    "ModelConfig",
+    "NoiseScheduleConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Prediction",
+    "Problem",
+    "ProgressiveDistillationConfig",
+    "RunConfig",
+    "Sampler",
+    "ScaledLinearNoiseSchedule",
+    "Section",
+    "StepDecayLRSchedule",
+    "TinyUNetConfig",
+    "TrainConfig",
+    "identity",
+    "student_counts",
+]
+
+# What a resume may change: where and how often, never what is computed. data.shards is stood for by its index's sha256.
+_NOT_IDENTITY = (
+    "engine.kind",
+    "checkpoint",
+    "logging",
+    "data.workers",
+    "data.shards",
+    "train.steps",
+    "train.stop_after_steps",
+    "distill.checkpoint_every_steps",
+)
+
+
+class RunConfig(Section):
+    """A halfstep recipe: everything that decides what a run computes, and when it saves and reports."""
+
+    seed: CountOrZero = 0
+    """Seed of the run: of its first weights, of the order of images, and of the noise of every micro-batch."""
+    data: DataConfig = DataConfig()
+    """Training images and how they are dealt into micro-batches."""
+    model: ModelConfig = TinyUNetConfig()
+    """The network."""
+    objective: ObjectiveConfig = DenoisingConfig()
+    """What the network learns."""
+    noise_schedule: NoiseScheduleConfig = CosineClampedNoiseSchedule()
+    """The noise levels."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and gradient clipping."""
+    lr_schedule: LRScheduleConfig = ConstantLRSchedule()
+    """Course of the learning rate."""
+    ema: EmaConfig = EmaConfig()
+    """Moving average of the weights."""
+    train: TrainConfig
+    """Length of the run and how a step is computed."""
+    engine: EngineConfig = EngineConfig()
+    """How ranks share the work."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the state is saved."""
+    logging: LoggingConfig = LoggingConfig()
+    """What is written down."""
+    distill: DistillConfig | None = None
+    """A chain of halvings, for `halfstep distill`; null: none."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step over all ranks; world_size divides it."""
+        return self.data.global_batch_size // self.data.micro_batch_size
+
+    @property
+    def steps_may_grow(self) -> bool:
+        """Whether a resume may raise train.steps, which the learning rate of earlier steps must not depend on."""
+        return self.lr_schedule.kind in ("constant", "step_decay")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.data.shards is None and self.data.faces is None:
+            text = "no images to train on; set data.shards to a directory of shards, or data.faces.count=6000 to pack cartoon faces"
+            yield Problem(("data.shards", "data.faces"), text)
+        if self.lr_schedule.warmup_steps >= self.train.steps:
+            text = f"{self.lr_schedule.warmup_steps} is not below train.steps={self.train.steps}"
+            yield Problem(("lr_schedule.warmup_steps", "train.steps"), f"{text}; set lr_schedule.warmup_steps={self.train.steps // 10}")
+        levels = self.noise_schedule.steps
+        if self.logging.sample_steps > levels:
+            text = f"{self.logging.sample_steps} sampling steps, but noise_schedule has {levels} levels; set logging.sample_steps={levels}"
+            yield Problem(("logging.sample_steps", "noise_schedule.steps"), text)
+        if isinstance(self.objective, ProgressiveDistillationConfig):
+            yield from _off_sequence("objective.teacher_steps", self.objective.teacher_steps, levels)
+        if self.distill:
+            yield from _chain_problems(self, self.distill)
+
+
+def student_counts(distill: DistillConfig) -> tuple[int, ...]:
+    """Sampling steps of the chain's students, first stage first: from half of start_steps down to end_steps."""
+    return tuple(halving_counts(distill.start_steps, distill.end_steps))[1:]
+
+
+def identity(config: RunConfig) -> dict[str, object]:
+    """The part of a recipe that a resume must not change, as dotted keys and plain values."""
+    values = dict(_leaves(config.model_dump(mode="json"), ""))
+    return {key: value for key, value in values.items() if not any(key == free or key.startswith(f"{free}.") for free in _NOT_IDENTITY)}
+
+
+def _leaves(tree: dict[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _off_sequence(key: str, steps: int, levels: int) -> Iterator[Problem]:
+    """A step count that no halvings of the noise levels lead to."""
+    counts = tuple(halving_counts(levels, 1))
+    if steps not in counts:
+        nearest = min(counts, key=lambda count: abs(count - steps))
+        text = f"{steps} is not reached by halving the {levels} levels of noise_schedule: {', '.join(map(str, counts))}"
+        yield Problem((key, "noise_schedule.steps"), f"{text}; set {key}={nearest}")
+
+
+def _chain_problems(config: RunConfig, distill: DistillConfig) -> Iterator[Problem]:
+    levels = config.noise_schedule.steps
+    off = [
+        *_off_sequence("distill.start_steps", distill.start_steps, levels),
+        *_off_sequence("distill.end_steps", distill.end_steps, levels),
+    ]
+    yield from off
+    images, micro = distill.global_batch_size, config.data.micro_batch_size
+    if images is not None and images % micro:
+        nearest = max(1, round(images / micro)) * micro
+        text = f"{images} is not a multiple of data.micro_batch_size={micro}; set distill.global_batch_size={nearest}"
+        yield Problem(("distill.global_batch_size", "data.micro_batch_size"), text)
+    if off:
+        return
+    counts = student_counts(distill)
+    students = ", ".join(map(str, counts))
+    for name, values in (("updates", distill.updates), ("learning_rate", distill.learning_rate)):
+        if isinstance(values, tuple) and len(values) != len(counts):
+            text = f"{len(values)} values for {len(counts)} stages (students of {students} steps)"
+            hint = f"give {len(counts)} values, or one number for all"
+            yield Problem((f"distill.{name}", "distill.start_steps", "distill.end_steps"), f"{text}; {hint}")
+    updates = distill.updates if isinstance(distill.updates, tuple) else (distill.updates,)
+    warmup, shortest = distill.lr_schedule.warmup_steps, min(updates)
+    if warmup >= shortest:
+        text = f"{warmup} is not below the shortest stage's {shortest} updates; set distill.lr_schedule.warmup_steps={shortest // 10}"
+        yield Problem(("distill.lr_schedule.warmup_steps", "distill.updates"), text)

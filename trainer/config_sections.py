@@ -1,0 +1,438 @@
+"""The sections of a recipe: one frozen model each, free of torch; every field says its unit or its values."""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from data_shards.config import CC0, FACE_STYLES
+
+Prediction = Literal["v", "eps", "x_0"]
+Sampler = Literal["ddim", "ancestral"]
+DenoisingLoss = Literal["mse", "x_mse", "eps_mse", "v_mse", "min_snr", "snr_trunc"]
+DistillationLoss = Literal["v_mse", "x_mse", "eps_mse", "min_snr", "snr_trunc"]
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+# YAML has lists only: strict mode alone would refuse them for tuples. The items stay strict.
+Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+Flags = Annotated[tuple[bool, ...], Field(strict=False, min_length=1)]
+Rates = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A mistake that one field alone does not show: the keys it is about, the one to mend first, and what is wrong."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+class Section(BaseModel):
+    """A part of a configuration file. Unknown keys, other types than declared, NaN and infinity are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def problems(self) -> Iterator[Problem]:
+        """Mistakes among this section's own fields; keys are relative to it."""
+        yield from ()
+
+    def check(self) -> None:
+        """Checks the section as a whole; of use after `model_copy`, which checks nothing.
+
+        Raises: ValueError naming every problem at once."""
+        if problems := tuple(self.problems()):
+            raise PydanticCustomError("problems", "{text}", {"text": "; ".join(p.text for p in problems), "problems": problems})
+
+    @model_validator(mode="after")
+    def _check_when_built(self) -> Self:
+        self.check()
+        return self
+
+
+class FacesConfig(Section):
+    """Embedded source of cartoon faces, packed into RUN_DIR/shards."""
+
+    style: str = "open-peeps"
+    """DiceBear style: open-peeps, critters and voxel-art are CC0; toon-head, personas, big-smile and micah need attribution."""
+    allow_attribution: bool = False
+    """Permit a style whose licence (CC BY 4.0) asks you to name the artist wherever you show the images."""
+    count: Count = 6000
+    """Number of images."""
+    size: Count = 32
+    """Width and height of an image in pixels."""
+    seed: CountOrZero = 0
+    """Seed of the faces; independent of the run's seed."""
+
+    def problems(self) -> Iterator[Problem]:
+        style = FACE_STYLES.get(self.style)
+        if style is None:
+            nearest = difflib.get_close_matches(self.style, FACE_STYLES, 1, 0.5)
+            hint = f" - did you mean '{nearest[0]}'?" if nearest else ""
+            yield Problem(("style",), f"got '{self.style}', wanted one of {', '.join(FACE_STYLES)}{hint}")
+        elif style.licence != CC0 and not self.allow_attribution:
+            text = f"'{self.style}' is {style.licence}: {style.creator} must be named wherever its images are shown"
+            yield Problem(("style", "allow_attribution"), f"{text}; set data.faces.allow_attribution=true")
+
+
+class DataConfig(Section):
+    """Training images and how they are dealt into micro-batches."""
+
+    shards: str | None = None
+    """Directory of packed shards; null packs `data.faces` into the run's own directory."""
+    faces: FacesConfig | None = None
+    """Faces to pack when `data.shards` is null."""
+    global_batch_size: Count = 32
+    """Images per optimizer step over all ranks; a multiple of micro_batch_size."""
+    micro_batch_size: Count = 16
+    """Images per rank per forward. Ranks divide global_batch_size / micro_batch_size micro-batches evenly."""
+    workers: CountOrZero = 0
+    """Reading processes per rank; 0 reads in the training process. Free to change on a resume."""
+    horizontal_flip: bool = False
+    """Mirror half of the images, chosen anew each epoch."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """raise: a damaged sample ends the run; skip: another sample takes its place, by the same rule on every rank."""
+    max_bad_samples: CountOrZero = 100
+    """Samples that may be skipped before the run ends; counts for on_bad_sample skip."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.global_batch_size % self.micro_batch_size:
+            nearest = max(1, round(self.global_batch_size / self.micro_batch_size)) * self.micro_batch_size
+            text = f"{self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
+            yield Problem(("global_batch_size", "micro_batch_size"), f"{text}; set data.global_batch_size={nearest}")
+
+
+class TinyUNetConfig(Section):
+    """Compact U-Net of residual blocks with multi-head self-attention, a stock diffusers UNet2DModel."""
+
+    kind: Literal["tiny_unet"] = "tiny_unet"
+    """Model family."""
+    channels: Counts = (32, 64, 128, 128)
+    """Width of each level, finest first; each level halves the image, so its side is a multiple of 2^(levels - 1) pixels."""
+    layers_per_block: Count = 1
+    """Residual blocks per level on the way down; one more on the way up."""
+    attention: Flags = (False, False, True, True)
+    """Self-attention on or off, one flag per level."""
+    attention_heads: Count = 4
+    """Heads at the widest level with attention; the width of a head there is used at every level."""
+    norm_groups: Count = 8
+    """Groups of every group norm; divides every width."""
+    dropout: Fraction = 0.0
+    """Probability in [0, 1) of dropping an activation."""
+
+    def problems(self) -> Iterator[Problem]:
+        off = [width for width in self.channels if width % self.norm_groups]
+        if off:
+            text = f"{self.norm_groups} groups do not divide the width {_listed(off)}"
+            yield Problem(("norm_groups", "channels"), f"{text}; set model.norm_groups={math.gcd(self.norm_groups, *self.channels)}")
+        if len(self.attention) != len(self.channels):
+            text = f"{len(self.attention)} flags for {len(self.channels)} levels"
+            yield Problem(("attention", "channels"), f"{text}; give one flag per width of model.channels={list(self.channels)}")
+        elif any(self.attention):
+            yield from self._head_problems()
+
+    def _head_problems(self) -> Iterator[Problem]:
+        # the middle block attends at the last width
+        attended = [width for width, on in zip(self.channels, self.attention, strict=True) if on] + [self.channels[-1]]
+        widest = max(attended[:-1])
+        fitting = [
+            heads for heads in range(1, widest + 1) if widest % heads == 0 and not any(width % (widest // heads) for width in attended)
+        ]
+        if self.attention_heads not in fitting:
+            nearest = min(fitting, key=lambda heads: abs(heads - self.attention_heads))
+            text = f"{self.attention_heads} heads at the width {widest} do not fit the attended widths {_listed(sorted(set(attended)))}"
+            yield Problem(("attention_heads", "channels", "attention"), f"{text}; set model.attention_heads={nearest}")
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+ModelConfig = TinyUNetConfig
+
+
+class DenoisingConfig(Section):
+    """Learn to undo noise of any level: trains a teacher."""
+
+    kind: Literal["denoising"] = "denoising"
+    """Objective family."""
+    prediction: Prediction = "v"
+    """What the network puts out: v, eps (the noise) or x_0 (the clean image)."""
+    loss: DenoisingLoss = "mse"
+    """mse: in the prediction's own space; x_mse, eps_mse, v_mse: in that space; min_snr, snr_trunc: x_mse weighted by signal-to-noise."""
+    min_snr_gamma: Positive = 5.0
+    """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Scale of the noise added to a whole channel; 0 is off, 0.1 is usual."""
+    stratified: bool = True
+    """Spread the timesteps evenly over the global batch instead of drawing each alone."""
+
+
+class ProgressiveDistillationConfig(Section):
+    """Learn to cover two sampling steps of a teacher in one; `halfstep distill` writes this section for each stage."""
+
+    kind: Literal["progressive_distillation"] = "progressive_distillation"
+    """Objective family."""
+    teacher: Annotated[str, Field(min_length=1)]
+    """Run directory or export of the teacher; its EMA weights teach and are the student's first weights."""
+    teacher_steps: Annotated[int, Field(ge=2)]
+    """Sampling steps of the teacher; a count of the halving sequence of noise_schedule.steps."""
+    student_steps: Count
+    """Sampling steps of the student: half the teacher's, rounded up."""
+    target: Sampler = "ddim"
+    """ddim: one student step lands where two teacher steps do; ancestral: the teacher's clean image at its second level."""
+    sampler: Sampler = "ddim"
+    """Sampler that the student is meant for, written into its descriptor; usually the target."""
+    prediction: Prediction = "v"
+    """What the network puts out; equals the teacher's."""
+    loss: DistillationLoss = "v_mse"
+    """Space and weight of the squared error."""
+    min_snr_gamma: Positive = 5.0
+    """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
+    clip_target: bool = False
+    """Clip the teacher's clean images to [-1, 1] inside the target."""
+    stratified: bool = True
+    """Spread the timesteps evenly over the global batch instead of drawing each alone."""
+
+    def problems(self) -> Iterator[Problem]:
+        half = (self.teacher_steps + 1) // 2
+        if self.student_steps != half:
+            text = f"the student of a teacher of {self.teacher_steps} steps takes {half}, not {self.student_steps}"
+            yield Problem(("student_steps", "teacher_steps"), f"{text}; set objective.student_steps={half}")
+
+
+ObjectiveConfig = Annotated[DenoisingConfig | ProgressiveDistillationConfig, Field(discriminator="kind")]
+
+
+class LinearNoiseSchedule(Section):
+    """Betas in a straight line (DDPM)."""
+
+    kind: Literal["linear"] = "linear"
+    """Betas in a straight line."""
+    steps: Count = 1000
+    """Number of noise levels T."""
+    beta_start: Beta = 1e-4
+    """First beta, in (0, 1)."""
+    beta_end: Beta = 0.02
+    """Last beta, in (0, 1)."""
+
+
+class ScaledLinearNoiseSchedule(Section):
+    """Square roots of the betas in a straight line (Stable Diffusion)."""
+
+    kind: Literal["scaled_linear"] = "scaled_linear"
+    """Square roots of the betas in a straight line."""
+    steps: Count = 1000
+    """Number of noise levels T."""
+    beta_start: Beta = 0.00085
+    """First beta, in (0, 1)."""
+    beta_end: Beta = 0.012
+    """Last beta, in (0, 1)."""
+
+
+class CosineNoiseSchedule(Section):
+    """Squared cosine with betas of at most 0.999, diffusers' squaredcos_cap_v2."""
+
+    kind: Literal["cosine"] = "cosine"
+    """Squared cosine, betas at most 0.999."""
+    steps: Count = 1000
+    """Number of noise levels T."""
+
+
+class CosineClampedNoiseSchedule(Section):
+    """Squared cosine with alpha_bar kept within [1e-5, 0.9999]."""
+
+    kind: Literal["cosine_clamped"] = "cosine_clamped"
+    """Squared cosine, alpha_bar within [1e-5, 0.9999]."""
+    steps: Count = 1000
+    """Number of noise levels T."""
+
+
+class GivenNoiseSchedule(Section):
+    """Betas as given, one per noise level."""
+
+    kind: Literal["given"] = "given"
+    """Betas as given."""
+    betas: Annotated[tuple[Beta, ...], Field(strict=False, min_length=1)]
+    """One beta in (0, 1) per noise level, least noise first."""
+
+    @property
+    def steps(self) -> int:
+        """Number of noise levels T."""
+        return len(self.betas)
+
+
+NoiseScheduleConfig = Annotated[
+    LinearNoiseSchedule | ScaledLinearNoiseSchedule | CosineNoiseSchedule | CosineClampedNoiseSchedule | GivenNoiseSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class OptimConfig(Section):
+    """Optimizer and gradient clipping."""
+
+    kind: Literal["adamw", "adam"] = "adamw"
+    """adamw: weight decay apart from the gradient; adam: weight decay as a part of it."""
+    learning_rate: Positive = 6e-4
+    """Peak learning rate per optimizer step."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the first and second moment, each in [0, 1)."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of the weights per unit of learning rate; 0 is off."""
+    max_gradient_norm: Positive | None = 1.0
+    """Largest 2-norm of the whole gradient; null does not clip."""
+
+
+class ConstantLRSchedule(Section):
+    """The same learning rate throughout; train.steps may grow on a resume."""
+
+    kind: Literal["constant"] = "constant"
+    """Constant after the warm-up."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps from 0 up to the full rate."""
+
+
+class LinearLRSchedule(Section):
+    """A straight line to 0 at the last step."""
+
+    kind: Literal["linear"] = "linear"
+    """Straight line to 0 at train.steps."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps from 0 up to the full rate."""
+
+
+class CosineLRSchedule(Section):
+    """Half a cosine to 0 at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    """Half a cosine to 0 at train.steps."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps from 0 up to the full rate."""
+
+
+class StepDecayLRSchedule(Section):
+    """A factor every so many steps; train.steps may grow on a resume."""
+
+    kind: Literal["step_decay"] = "step_decay"
+    """Times a factor every so many steps."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps from 0 up to the full rate."""
+    every_steps: Count
+    """Optimizer steps between two decays, counted from step 0."""
+    factor: Annotated[float, Field(gt=0, le=1)]
+    """What the rate is multiplied by at each decay, in (0, 1]."""
+
+
+LRScheduleConfig = Annotated[
+    ConstantLRSchedule | LinearLRSchedule | CosineLRSchedule | StepDecayLRSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class EmaConfig(Section):
+    """Moving average of the weights, which samples, exports and teaches."""
+
+    decay: Fraction = 0.995
+    """Share of the old average kept at each step, in [0, 1)."""
+    warmup: bool = True
+    """Use min(decay, (1 + step) / (10 + step)), so that an early average follows the weights."""
+
+
+class TrainConfig(Section):
+    """Length of the run and how a step is computed."""
+
+    steps: Count
+    """Optimizer steps of the whole run."""
+    stop_after_steps: Count | None = None
+    """Commit a checkpoint and end with exit code 75 after so many steps of this attempt, as a time limit would; null: never."""
+    compile: bool = False
+    """Compile the model with torch.compile; pays off for long runs only."""
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    """Layout of images in memory."""
+
+
+class EngineConfig(Section):
+    """How ranks share the work of one optimizer step."""
+
+    kind: Literal["replicated"] = "replicated"
+    """replicated: every rank holds the whole model (DDP)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of activations; weights, gradients and losses stay fp32."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Attention kernels; auto takes PyTorch's own (sdpa)."""
+
+
+class CheckpointConfig(Section):
+    """When the run's state is committed to RUN_DIR/checkpoints."""
+
+    every_steps: Count = 500
+    """Optimizer steps between two checkpoints; the last step always has one."""
+    keep_last: Count = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+class LoggingConfig(Section):
+    """What is written to metrics.jsonl, TensorBoard and RUN_DIR/samples."""
+
+    every_steps: Count = 1
+    """Optimizer steps between two lines of metrics.jsonl."""
+    sample_every_steps: CountOrZero = 500
+    """Optimizer steps between two sample grids; 0 draws none."""
+    sample_images: Count = 16
+    """Images of a sample grid."""
+    sample_steps: Count = 50
+    """Sampling steps of a sample grid; at most noise_schedule.steps."""
+
+
+class DistillConfig(Section):
+    """A chain of halvings: each stage's student covers two steps of its teacher in one."""
+
+    teacher: str | None = None
+    """Run directory or export of the first teacher; null: the chain trains it from this recipe's other sections."""
+    start_steps: Annotated[int, Field(ge=2)] = 1000
+    """Sampling steps of the first teacher; a count of the halving sequence of noise_schedule.steps."""
+    end_steps: Count = 1
+    """Sampling steps of the last student; a later count of that sequence."""
+    target: Sampler = "ddim"
+    """ddim: one student step lands where two teacher steps do; ancestral: the teacher's clean image at its second level."""
+    sampler: Sampler = "ddim"
+    """Sampler that the students are meant for; the target unless given."""
+    loss: DistillationLoss = "v_mse"
+    """Space and weight of the squared error."""
+    min_snr_gamma: Positive = 5.0
+    """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
+    clip_target: bool = False
+    """Clip the teacher's clean images to [-1, 1] inside the target."""
+    updates: Count | Counts
+    """Optimizer steps of a stage: one number for all, or a list with one per stage."""
+    learning_rate: Positive | Rates = 3e-4
+    """Peak learning rate of a stage: one number for all, or a list with one per stage."""
+    lr_schedule: LRScheduleConfig = LinearLRSchedule()
+    """Learning-rate schedule of every stage, over its own updates."""
+    ema_decay: Fraction = 0.98
+    """Decay of the student's moving average, in [0, 1)."""
+    global_batch_size: Count | None = None
+    """Images per optimizer step of a stage; null: data.global_batch_size."""
+    checkpoint_every_steps: Count | None = None
+    """Optimizer steps between two checkpoints of a stage; null: checkpoint.every_steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampler_follows_target(cls, section: object) -> object:
+        if isinstance(section, dict) and "target" in section:
+            return {"sampler": section["target"], **section}
+        return section
+
+    def problems(self) -> Iterator[Problem]:
+        if self.end_steps >= self.start_steps:
+            text = f"a chain goes down, but {self.end_steps} is not below start_steps={self.start_steps}; set distill.end_steps=1"
+            yield Problem(("end_steps", "start_steps"), text)
