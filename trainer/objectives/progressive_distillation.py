@@ -30,9 +30,9 @@ class HalvingGrid:
     timestep_mid: Float[Tensor, " n"]
     alpha_mid: Float[Tensor, " n"]
     sigma_mid: Float[Tensor, " n"]
-    ddim_weight: Float[Tensor, " n"]
+    ddim_share: Float[Tensor, " n"]
     """Share of the teacher's second clean image in the ddim target, in [0, 1]; the first one has the rest."""
-    ancestral_weight: Float[Tensor, " n"]
+    ancestral_share: Float[Tensor, " n"]
     """The same for the ancestral target: 1, or 0 where a step covers a single teacher step."""
 
     @staticmethod
@@ -46,32 +46,35 @@ class HalvingGrid:
         """The grid on which the teacher of these ascending original timesteps is halved.
 
         Raises: ValueError if it has fewer than two."""
-        student = halve(teacher_timesteps)
         # Positions on the teacher's grid; -1 is the clean image after its last step.
-        level = torch.arange(len(teacher_timesteps) - 1, -1, -2).flip(0)
+        level = torch.tensor(halve(range(len(teacher_timesteps))))
         single = level == 0
-        mid = torch.where(single, level, level - 1)
-        table = alpha_bar.cpu()[list(teacher_timesteps)]
-        alpha, sigma = alpha_sigma(table)
+        mid, end = torch.where(single, level, level - 1), (level - 2).clamp(min=-1)
+        timestep = torch.tensor(teacher_timesteps)
+        alpha, sigma = alpha_sigma(alpha_bar.cpu()[timestep])
         rho = torch.cat([alpha / sigma, torch.tensor([torch.inf], dtype=torch.float64)])
-        columns = {
-            "timestep": torch.tensor(student),
-            "alpha_t": alpha[level],
-            "sigma_t": sigma[level],
-            "timestep_mid": torch.tensor(teacher_timesteps)[mid],
-            "alpha_mid": alpha[mid],
-            "sigma_mid": sigma[mid],
-            "ddim_weight": torch.where(single, 0.0, second_weight(rho[level], rho[mid], rho_s=rho[(level - 2).clamp(min=-1)])),
-            "ancestral_weight": (~single).double(),
-        }
-        return HalvingGrid(**{name: column.to(dtype=dtype, device=device) for name, column in columns.items()})
+        share = torch.where(single, 0.0, second_share(rho[level], rho[mid], rho_s=rho[end]))
+
+        def column(values: Tensor) -> Float[Tensor, " n"]:
+            return values.to(dtype=dtype, device=device)
+
+        return HalvingGrid(
+            timestep=column(timestep[level]),
+            alpha_t=column(alpha[level]),
+            sigma_t=column(sigma[level]),
+            timestep_mid=column(timestep[mid]),
+            alpha_mid=column(alpha[mid]),
+            sigma_mid=column(sigma[mid]),
+            ddim_share=column(share),
+            ancestral_share=column(~single),
+        )
 
     def __len__(self) -> int:
         """The student's sampling steps."""
         return len(self.timestep)
 
 
-def second_weight(rho_t: Float64[Tensor, " n"], rho_mid: Float64[Tensor, " n"], *, rho_s: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+def second_share(rho_t: Float64[Tensor, " n"], rho_mid: Float64[Tensor, " n"], *, rho_s: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     """Share of the teacher's second clean image x_2 in x*, with which one DDIM step t -> s lands where t -> mid -> s does.
 
     rho = alpha / sigma, infinite at the clean image. A DDIM step adds (rho_s - rho_t) x_0 to x_t / sigma_t, hence
@@ -109,9 +112,9 @@ def halving_target(
     x_2 = x_2.clamp(-1, 1) if clip_target else x_2
     match target:
         case "ddim":
-            return torch.lerp(x_1, x_2, _per_image(grid.ddim_weight, levels))
+            return torch.lerp(x_1, x_2, _per_image(grid.ddim_share, levels))
         case "ancestral":
-            return torch.lerp(x_1, x_2, _per_image(grid.ancestral_weight, levels))
+            return torch.lerp(x_1, x_2, _per_image(grid.ancestral_share, levels))
         case _:
             assert_never(target)
 

@@ -1,0 +1,92 @@
+"""Noise schedules against diffusers' tables and closed forms."""
+
+import math
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from trainer.config_sections import (
+    CosineClampedNoiseSchedule,
+    CosineNoiseSchedule,
+    GivenNoiseSchedule,
+    LinearNoiseSchedule,
+    NoiseScheduleConfig,
+    ScaledLinearNoiseSchedule,
+)
+from trainer.diffusion.schedule import alpha_bar_sha256, alpha_sigma, build_alpha_bar, draw_index, log_snr, respaced_betas
+from trainer.stages import grid
+
+SCHEDULES: tuple[NoiseScheduleConfig, ...] = (
+    LinearNoiseSchedule(),
+    ScaledLinearNoiseSchedule(),
+    CosineNoiseSchedule(),
+    CosineClampedNoiseSchedule(),
+    GivenNoiseSchedule(betas=(0.1, 0.2, 0.5, 0.9)),
+)
+
+
+@pytest.mark.parametrize(
+    ("ours", "scheduler"),
+    [
+        (LinearNoiseSchedule(), DDPMScheduler(beta_schedule="linear")),
+        (ScaledLinearNoiseSchedule(), DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
+        (CosineNoiseSchedule(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")),
+        (CosineNoiseSchedule(steps=64), DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=64)),
+        (GivenNoiseSchedule(betas=(0.1, 0.2, 0.5)), DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.5])),
+    ],
+)
+def test_tables_are_those_of_diffusers(ours: NoiseScheduleConfig, scheduler: DDPMScheduler) -> None:
+    # diffusers multiplies a thousand fp32 factors.
+    torch.testing.assert_close(build_alpha_bar(ours), scheduler.alphas_cumprod.double(), rtol=5e-5, atol=0)
+
+
+def test_the_ends_of_well_known_schedules_have_their_measured_values() -> None:
+    linear, latent = build_alpha_bar(LinearNoiseSchedule()), build_alpha_bar(ScaledLinearNoiseSchedule())
+    assert linear[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
+    assert log_snr(linear)[[0, -1]].tolist() == pytest.approx([9.21, -10.12], abs=5e-3)
+    assert log_snr(latent)[[0, -1]].tolist() == pytest.approx([7.07, -5.36], abs=5e-3)
+
+
+def test_the_clamped_cosine_is_the_squared_cosine_within_its_bounds() -> None:
+    table = build_alpha_bar(CosineClampedNoiseSchedule(steps=1000))
+    assert table[499].item() == pytest.approx(math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2, rel=1e-14)
+    assert table[-1].item() == 1e-5
+    assert build_alpha_bar(CosineClampedNoiseSchedule(steps=10**5)).max().item() <= 0.9999
+
+
+def test_cosine_levels_nest_when_the_step_count_is_halved() -> None:
+    fine, coarse = build_alpha_bar(CosineNoiseSchedule(steps=1024)), build_alpha_bar(CosineNoiseSchedule(steps=512))
+    torch.testing.assert_close(fine[1:-1:2], coarse[:-1], rtol=0, atol=1e-14)
+    assert [fine[-1].item(), coarse[-1].item()] == pytest.approx([2.3e-9, 9.3e-9], rel=0.02), "only the capped last beta breaks it"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_tables_are_fp64_and_fall_from_nearly_clean_to_nearly_noise(schedule: NoiseScheduleConfig) -> None:
+    table = build_alpha_bar(schedule)
+    assert table.dtype == torch.float64
+    assert len(table) == schedule.steps
+    assert bool((table.diff() <= 0).all()) and 0 < table[-1].item() <= table[0].item() < 1
+    alpha_t, sigma_t = alpha_sigma(table)
+    torch.testing.assert_close(alpha_t**2 + sigma_t**2, torch.ones_like(table), rtol=0, atol=1e-15)
+    torch.testing.assert_close(log_snr(table).exp(), (alpha_t / sigma_t) ** 2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:4], ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("count", [1000, 500, 63, 8, 1])
+def test_respaced_betas_multiply_up_to_the_levels_of_the_full_table(schedule: NoiseScheduleConfig, count: int) -> None:
+    table, timesteps = build_alpha_bar(schedule), grid(1000, count)
+    betas = torch.tensor(respaced_betas(table, timesteps), dtype=torch.float64)
+    torch.testing.assert_close((1 - betas).cumprod(0), table[list(timesteps)], rtol=1e-9, atol=1e-15)
+
+
+def test_the_hash_is_that_of_the_tables_bytes_and_tells_schedules_apart() -> None:
+    assert alpha_bar_sha256(torch.tensor([0.5], dtype=torch.float64)) == "4cfa5b42ca669328764e67cd9a34bb8f90b16ed7ca8d85e8443783d7ccce15ed"
+    assert len({alpha_bar_sha256(build_alpha_bar(schedule)) for schedule in SCHEDULES}) == len(SCHEDULES)
+
+
+def test_indices_cover_the_range_evenly_and_never_reach_its_end() -> None:
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert draw_index(uniforms, 8).bincount().tolist() == [125] * 8
+    assert draw_index(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1000).tolist() == [0, 999]
+    assert draw_index(torch.tensor([1 - 2**-24]), 1000).tolist() == [999], "0.99999994 * 1000 rounds to 1000 in fp32"
