@@ -1,0 +1,68 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.11 or newer and make, nothing else.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint setup clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(VENV)/.installed-core
+DEV := $(VENV)/.installed-dev
+INPUTS := pyproject.toml constraints.txt
+# The interpreter for .venv: `make setup PYTHON=/path/to/python3.12` chooses another.
+PYTHON ?=
+# Where torch's small CPU build lies; used on Linux machines without an NVIDIA GPU, if it can be reached.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(CORE) ## faces, shards, teacher, halvings, samples, report: 10 to 20 minutes on 2 cores
+	$(BIN)/halfstep demo
+
+test: $(DEV) ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(DEV) ## ruff format, ruff, pyright and the import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+setup: $(DEV) ## .venv with everything that development needs
+
+clean: ## remove .venv and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@python=""; \
+	for candidate in $(or $(PYTHON),python3.11 python3 python3.14 python3.13 python3.12); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python 3.11 or newer found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; \
+	fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2> /dev/null; then \
+	  echo "error: $$python cannot make virtual environments (its ensurepip module is missing)." >&2; \
+	  echo "On Debian and Ubuntu: apt-get install python3-venv; elsewhere name another one: make setup PYTHON=/path/to/python3.11" >&2; \
+	  exit 2; \
+	fi; \
+	echo "making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV)
+
+# One pip command, so that the constraints hold torch while the rest is resolved.
+define INSTALL
+	@extra=""; \
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null \
+	  && $(BIN)/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)' $(CPU_INDEX) 2> /dev/null; \
+	then extra="--extra-index-url $(CPU_INDEX)"; fi; \
+	set -x; $(BIN)/python -m pip install --quiet --disable-pip-version-check $$extra -c constraints.txt -e '$(1)'
+	@touch $@
+endef
+
+$(CORE): $(INPUTS) | $(BIN)/python
+	$(call INSTALL,.)
+
+$(DEV): $(INPUTS) | $(BIN)/python
+	$(call INSTALL,.[dev])
+	@touch $(CORE)

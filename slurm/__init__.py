@@ -1,0 +1,1 @@
+"""Slurm files that come with halfstep; see README.md beside this file."""
