@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from launch.run_dir import freeze
 from trainer.config import (
@@ -16,6 +17,8 @@ from trainer.config import (
 from trainer.config_io import load_recipe
 from trainer.files import json_text, replace_file
 from trainer.stages import stage_name
+
+_Number = TypeVar("_Number", int, float)
 
 
 def with_teacher(config: RunConfig, teacher: Path) -> RunConfig:
@@ -85,8 +88,8 @@ def student_config(config: RunConfig, distill: DistillConfig, *, number: int, te
 
 
 def stage_seed(seed: int, number: int) -> int:
-    """The seed of stage `number`, derived from the chain's as trainer.rng derives every seed (without importing torch)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/stage/{number}".encode("ascii")).digest()[:8], "little") >> 1
+    """The seed of stage `number`, a pure function of the chain's: 31 bits, so that people can type it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/stage/{number}".encode("ascii")).digest()[:4], "little") >> 1
 
 
 def _stage_config(config: RunConfig, run_dir: Path, shards: Path) -> RunConfig:
@@ -96,6 +99,6 @@ def _stage_config(config: RunConfig, run_dir: Path, shards: Path) -> RunConfig:
     return config.model_copy(update={"distill": None, "data": config.data.model_copy(update={"shards": seen, "faces": None})})
 
 
-def _of_stage[Value: (int, float)](values: Value | Sequence[Value], number: int) -> Value:
+def _of_stage(values: _Number | Sequence[_Number], number: int) -> _Number:
     """A recipe's value for stage `number` (from 1): one for all, or one a stage."""
     return values[number - 1] if isinstance(values, Sequence) else values

@@ -1,0 +1,93 @@
+"""Real runs of the command line, started, watched from outside and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPE = Path(__file__).with_name("chain.yaml")
+_LIMIT_SECONDS = 240.0
+
+
+def command(verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> list[str]:
+    """The command line that starts, or resumes, the test's chain or its teacher alone."""
+    return [sys.executable, "-m", "launch", verb, str(RECIPE), "--run-dir", str(run_dir), "--ranks", str(ranks), *overrides]
+
+
+def run(verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    words = command(verb, run_dir, ranks=ranks, overrides=overrides)
+    return subprocess.run(words, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False)
+
+
+@contextmanager
+def started(verb: str, run_dir: Path, *, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs while the test looks at it; ended with all its ranks when the test leaves."""
+    process = subprocess.Popen(command(verb, run_dir, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for pid in rank_pids(process.pid).values():
+                os.kill(pid, signal.SIGKILL)
+            process.wait(_LIMIT_SECONDS)
+
+
+def rank_pids(launcher: int) -> dict[int, int]:
+    """Process ids of the launcher's ranks by rank; a dead one is absent."""
+    found = {}
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        rank = next((value[5:] for value in variables if value.startswith(b"RANK=")), None)
+        if rank is not None and b"launch.worker" in words:
+            found[int(rank)] = int(pid)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+    """Watch closely until the condition holds; False if the process ends before."""
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the moment to kill at never came"
+        time.sleep(0.0005)
+    return True
+
+
+def delivered(run_dir: Path) -> int:
+    """Micro-batches in rank 0's ledgers of a run or a chain."""
+    return sum(path.read_bytes().count(b"\n") for path in run_dir.glob("**/ledger/rank_0.jsonl"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Exact losses by step."""
+
+    losses: dict[int, str]
+
+    @property
+    def values(self) -> list[float]:
+        """As numbers, in step order."""
+        return [float.fromhex(self.losses[step]) for step in sorted(self.losses)]
+
+
+def curves(run_dir: Path) -> dict[str, Curve]:
+    """The curve of each stage; a step that stands twice in metrics.jsonl is an error."""
+    found = {}
+    for path in sorted(run_dir.glob("**/metrics.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = [line["step"] for line in lines]
+        assert steps == list(range(len(steps))), f"{path}: steps {steps}"
+        found[path.parent.name] = Curve({line["step"]: line["loss_hex"] for line in lines})
+    return found
