@@ -1,0 +1,188 @@
+"""What a model can be loaded from: a run, a chain of halvings or an export, with the descriptor that says what its weights mean."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from jaxtyping import Float, Float64
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from torch import Tensor, nn
+
+from trainer.chain import read_chain
+from trainer.checkpoint import newest_checkpoint, read_tensors
+from trainer.config import RunConfig
+from trainer.config_io import load_recipe
+from trainer.descriptor import Descriptor
+from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
+from trainer.files import content_record, read_json_object
+from trainer.hash import tensors_sha256
+from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
+
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+TIME_TABLE = "time_proj.weight"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model ready to sample: EMA weights in fp32 on the CPU, conditioned on original times, and what is known of it.
+
+    alpha_bar: the full table of T levels that the descriptor's timesteps index. weights_sha256: of the EMA weights.
+    trained_steps: optimizer steps in the checkpoint; None where only the weights are known."""
+
+    model: UNet2DModel
+    descriptor: Descriptor
+    alpha_bar: Float64[Tensor, " T"]
+    recipe: RunConfig
+    weights_sha256: str
+    path: Path
+    trained_steps: int | None = None
+
+
+def load_source(path: Path, steps: int | None = None) -> Source:
+    """Load the EMA weights of a RUN_DIR's newest checkpoint, of a chain's stage, or of an export folder.
+
+    steps: picks the chain's stage whose student samples in so many steps; where none does, its teacher. Nothing is unpickled.
+    Raises: ValueError if there is no such source, or its descriptor, hashes, recipe and weights contradict each other."""
+    if not path.exists():
+        raise ValueError(f"{path}: not there; wanted a RUN_DIR, a chain's directory or an export folder")
+    if (path / "model_index.json").exists():
+        return _load_export(path)
+    if (path / "chain.json").exists():
+        stages = read_chain(path)
+        stage = next((stage for stage in stages if stage.steps == steps), stages[0])
+        if not stage.run_dir.exists():
+            raise ValueError(f"{stage.run_dir}: this stage has not been started; run `halfstep distill` with --run-dir {path} to go on")
+        return load_source(stage.run_dir)
+    if (path / "recipe.yaml").exists():
+        return _load_run(path)
+    raise ValueError(f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json) nor an export (model_index.json); give one of these")
+
+
+def denoiser_on(model: nn.Module, device: torch.device) -> Denoiser:
+    """A network as a plain function on `device`, to which it is moved."""
+    return denoiser(model.to(device))
+
+
+def time_table(model: UNet2DModel, timesteps: Sequence[int]) -> Float[Tensor, "n c"]:
+    """Row k is the sinusoid that the U-Net's positional embedding makes of original time timesteps[k]."""
+    return model.time_proj(torch.tensor(timesteps, dtype=torch.float32, device="cpu"))
+
+
+def _load_run(run_dir: Path) -> Source:
+    recipe_path = run_dir / "recipe.yaml"
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise ValueError(
+            f"{run_dir}: no valid checkpoint under checkpoints/; train it first: halfstep train {recipe_path} --run-dir {run_dir}"
+        )
+    manifest = checkpoint.path / "manifest.json"
+    descriptor = Descriptor.from_json(checkpoint.manifest.get("descriptor"), where=str(manifest))
+    recipe, tensors = load_recipe(recipe_path, ()), read_tensors(checkpoint, "ema")
+    source = _assemble(run_dir, descriptor, recipe=recipe, tensors=tensors, trained_steps=checkpoint.step)
+    _check_weights(source, checkpoint.manifest.get("ema_sha256"), where=manifest)
+    return source
+
+
+def _load_export(folder: Path) -> Source:
+    if not (folder / "descriptor.json").exists() or not (folder / "manifest.json").exists():
+        raise ValueError(
+            f"{folder}: a diffusers folder without descriptor.json and manifest.json; only those of `halfstep export` are read"
+        )
+    manifest = read_json_object(folder / "manifest.json")
+    contents = verified_contents(folder, manifest)
+    descriptor = Descriptor.from_json(read_json_object(folder / "descriptor.json"), where=str(folder / "descriptor.json"))
+    try:
+        tensors = tensors_from_bytes(contents[WEIGHTS_FILE])
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: not a safetensors file: {error}; export the run again") from error
+    table = tensors.pop(TIME_TABLE, None)
+    source = _assemble(folder, descriptor, recipe=load_recipe(folder / "recipe.yaml", ()), tensors=tensors, trained_steps=None)
+    _check_weights(source, manifest.get("weights_sha256"), where=folder / "manifest.json")
+    if table is not None:
+        wanted = time_table(source.model, descriptor.timesteps)
+        # exp and sin differ by a few ulp between machines; times up to 1000 make 1e-4 of it, neighbouring times differ by far more.
+        if table.shape != wanted.shape or not torch.allclose(table, wanted, rtol=0.0, atol=1e-3):
+            raise ValueError(f"{folder}: {TIME_TABLE} is not the table of descriptor.json's timesteps; export the run again")
+    return source
+
+
+def verified_contents(folder: Path, manifest: Mapping[str, object]) -> dict[str, bytes]:
+    """The files of an export that decide what a model is, read once and compared with the manifest's sizes and hashes.
+
+    Raises: ValueError naming the file that is missing or changed."""
+    records = manifest.get("files")
+    if not isinstance(records, dict):
+        raise ValueError(f"{folder / 'manifest.json'}: 'files' is not an object; export the run again")
+    contents = {}
+    for name in ("descriptor.json", "recipe.yaml", WEIGHTS_FILE):
+        file = folder / name
+        contents[name] = file.read_bytes() if file.is_file() else b""
+        record = content_record(contents[name])
+        if record != records.get(name):
+            raise ValueError(
+                f"{file}: is {record}, manifest.json says {records.get(name)}; it is damaged or was edited: export the run again"
+            )
+    return contents
+
+
+def _assemble(path: Path, descriptor: Descriptor, *, recipe: RunConfig, tensors: dict[str, Tensor], trained_steps: int | None) -> Source:
+    alpha_bar = build_alpha_bar(recipe.noise_schedule)
+    _check_descriptor(path, descriptor, recipe, alpha_bar=alpha_bar)
+    # On the meta device no random number is drawn and no memory taken before the weights are there.
+    with torch.device("meta"):
+        model = build_tiny_unet(recipe.model, descriptor.image_size, image_channels=descriptor.channels)
+    _check_tensors(path, tensors, model.state_dict())
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return Source(
+        model=model.requires_grad_(False).eval(),
+        descriptor=descriptor,
+        alpha_bar=alpha_bar,
+        recipe=recipe,
+        weights_sha256=tensors_sha256(tensors),
+        path=path,
+        trained_steps=trained_steps,
+    )
+
+
+def _check_weights(source: Source, wanted: object, *, where: Path) -> None:
+    if source.weights_sha256 != wanted:
+        raise ValueError(
+            f"{source.path}: the EMA weights have sha256 {source.weights_sha256}, {where} says {wanted}; train or export again"
+        )
+
+
+def _check_descriptor(path: Path, descriptor: Descriptor, recipe: RunConfig, *, alpha_bar: Float64[Tensor, " T"]) -> None:
+    """Raise ValueError if the descriptor does not say what the recipe beside it says."""
+    own_steps = recipe.objective.student_steps if recipe.objective.kind == "progressive_distillation" else len(alpha_bar)
+    wanted = {
+        "prediction_type": (descriptor.prediction_type, recipe.objective.prediction),
+        "alpha_bar_sha256": (descriptor.alpha_bar_sha256, alpha_bar_sha256(alpha_bar)),
+        "step_count": (descriptor.step_count, own_steps),
+    }
+    for field, (got, expected) in wanted.items():
+        if got != expected:
+            raise ValueError(
+                f"{path}: the descriptor's {field} is {got}, recipe.yaml makes {expected}; "
+                "one of the two was changed after training: put the original recipe.yaml back"
+            )
+    if descriptor.timesteps[-1] != len(alpha_bar) - 1:
+        raise ValueError(
+            f"{path}: the descriptor's noisiest time is {descriptor.timesteps[-1]}, the noise schedule's is {len(alpha_bar) - 1}; "
+            "put the original recipe.yaml back"
+        )
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if names or shapes are not those of the recipe's model."""
+    for name in sorted(tensors.keys() | wanted.keys()):
+        got = tuple(tensors[name].shape) if name in tensors else "missing"
+        expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+        if got != expected:
+            raise ValueError(
+                f"{path}: weight {name} is {got}, recipe.yaml's model section makes {expected}; put the original recipe.yaml back"
+            )
