@@ -1,0 +1,223 @@
+"""Drawing images: from a run, a chain or an export, on as many ranks as there are, and the grid that shows them."""
+
+import io
+import logging
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from trainer import dist, stages
+from trainer.config_sections import Sampler
+from trainer.descriptor import Descriptor
+from trainer.diffusion.sampler import draw_noise, sample, sampling_grid
+from trainer.files import replace_file
+from trainer.models.tiny_unet import Denoiser
+from trainer.options import Options, integer, optional_integer, optional_text
+from trainer.source import Source, denoiser_on, load_source
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH_SIZE = 64
+OTHER_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".webp", ".gif")
+SHOWN_PIXELS = 128
+"""A grid's images are enlarged by a whole factor to about this side."""
+
+
+class NoiseLevels(Protocol):
+    """What sampling needs to know beside the network; a Source has it, and so has a training task."""
+
+    @property
+    def descriptor(self) -> Descriptor: ...
+
+    @property
+    def alpha_bar(self) -> Float64[Tensor, " T"]: ...
+
+
+def sample_job(path: Path, options: Options) -> int:
+    """Draw images from `path` and write them: a grid where `out` names a .png, else a folder of a grid and single images.
+
+    options: steps (default: the model's own), images, seed, out, sampler (default: the model's own), batch_size.
+    Returns the exit code.
+    Raises: ValueError for a bad source, step count, image count or sampler. Collective."""
+    steps, count = optional_integer(options, "steps"), integer(options, "images", 16)
+    seed, batch_size = integer(options, "seed", 0), integer(options, "batch_size", DEFAULT_BATCH_SIZE)
+    out = Path(optional_text(options, "out") or "samples.png")
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"--images {count} and --batch-size {batch_size} must be at least 1")
+    if out.suffix.lower() in OTHER_IMAGE_SUFFIXES:
+        raise ValueError(f"--out {out}: grids are written as PNG; give a name that ends in .png, or a folder")
+    source, sampler = load_source(path, steps), chosen_sampler(options)
+    steps = steps or source.descriptor.step_count
+    started = time.perf_counter()
+    images = draw_on_ranks(
+        denoiser_on(source.model, dist.device()), source, steps=steps, seed=seed, count=count, sampler=sampler, batch_size=batch_size
+    )
+    seconds = time.perf_counter() - started
+    if dist.is_rank_0():
+        written = write_images(out, images)
+        sampler = sampler or source.descriptor.sampler
+        logger.info("%s: %d images of seed %d in %d %s steps, %.1f seconds", written, count, seed, steps, sampler, seconds)
+    return 0
+
+
+def chosen_sampler(options: Options) -> Sampler | None:
+    """The sampler that a job's options name; None for the model's own.
+
+    Raises: ValueError for any other name."""
+    match optional_text(options, "sampler"):
+        case None:
+            return None
+        case "ddim":
+            return "ddim"
+        case "ancestral":
+            return "ancestral"
+        case other:
+            raise ValueError(f"--sampler {other} is not known; give ddim or ancestral")
+
+
+def write_images(out: Path, images: UInt8[Tensor, "b h w c"]) -> Path:
+    """Write a grid to a .png, or to any other name a folder of grid.png and image_00000.png ...; returns the grid's path.
+
+    Every file is whole or absent."""
+    grid = png(grid_image(images, math.ceil(math.sqrt(len(images)))))
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, grid)
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images.numpy()):
+        replace_file(out / f"image_{number:05d}.png", png(Image.fromarray(image.squeeze())))
+    replace_file(out / "grid.png", grid)
+    return out / "grid.png"
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def sampling_timesteps(descriptor: Descriptor, steps: int) -> tuple[int, ...]:
+    """The original times, ascending, at which a model is run to sample in `steps` steps: a sub-grid of its own.
+
+    Raises: ValueError naming the model's own step count if that has fewer levels, or `steps` is below 1."""
+    own = descriptor.timesteps
+    if not 1 <= steps <= len(own):
+        raise ValueError(f"steps={steps} is not possible: this model samples in {len(own)} steps or fewer; give --steps {len(own)}")
+    return tuple(own[level] for level in stages.grid(len(own), steps))
+
+
+def draw_images(
+    source: Source,
+    *,
+    steps: int,
+    seed: int,
+    count: int,
+    start: int = 0,
+    sampler: Sampler | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    device: torch.device | None = None,
+) -> UInt8[Tensor, "b h w c"]:
+    """Images start ... start + count - 1 of `seed`, in 0 ... 255, on the CPU; image i is drawn from seed + i alone.
+
+    sampler: None for the one that the model was made for. Moves the model to `device` (default: this rank's).
+    Raises: ValueError if the model has fewer than `steps` levels."""
+    device = device or dist.device()
+    predict = denoiser_on(source.model, device)
+    return draw_share(
+        predict, source, steps=steps, seed=seed, indices=range(start, start + count), sampler=sampler, batch_size=batch_size, device=device
+    )
+
+
+def draw_share(
+    predict: Denoiser,
+    levels: NoiseLevels,
+    *,
+    steps: int,
+    seed: int,
+    indices: range,
+    sampler: Sampler | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    device: torch.device,
+) -> UInt8[Tensor, "b h w c"]:
+    """The images of `indices`, as draw_images draws them, from a network in evaluation mode on `device`."""
+    descriptor = levels.descriptor
+    grid = sampling_grid(levels.alpha_bar, sampling_timesteps(descriptor, steps))
+    shape = (descriptor.channels, descriptor.image_size, descriptor.image_size)
+    images = [torch.empty((0, descriptor.image_size, descriptor.image_size, descriptor.channels), dtype=torch.uint8)]
+    for first in range(indices.start, indices.stop, batch_size):
+        x_T, generators = draw_noise(seed, min(batch_size, indices.stop - first), shape, start=first)
+        with torch.inference_mode():
+            x_0 = sample(
+                predict,
+                x_T.to(device),
+                grid,
+                prediction=descriptor.prediction_type,
+                sampler=sampler or descriptor.sampler,
+                variance=descriptor.variance,
+                clip=descriptor.clip,
+                generators=generators,
+            )
+        images.append(to_uint8(x_0.cpu()))
+    return torch.cat(images)
+
+
+def draw_on_ranks(
+    predict: Denoiser,
+    levels: NoiseLevels,
+    *,
+    steps: int,
+    seed: int,
+    count: int,
+    sampler: Sampler | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> UInt8[Tensor, "b h w c"]:
+    """Images 0 ... count - 1 of `seed` on every rank, each rank having drawn a contiguous share. Collective."""
+    share = dist.share(count)
+    drawn = draw_share(predict, levels, steps=steps, seed=seed, indices=share, sampler=sampler, batch_size=batch_size, device=dist.device())
+    # Shares differ by one at most, but a gather wants equal shapes: the shorter ones are filled up and cut again.
+    longest = -(-count // dist.world_size())
+    filled = torch.zeros((longest, *drawn.shape[1:]), dtype=torch.uint8)
+    filled[: len(drawn)] = drawn
+    gathered = dist.all_gather_tensor(filled.to(dist.device())).cpu()
+    bounds = [count * number // dist.world_size() for number in range(dist.world_size() + 1)]
+    return torch.cat([part[: last - first] for part, (first, last) in zip(gathered, pairwise(bounds), strict=True)])
+
+
+def draw_grid(predict: Denoiser, levels: NoiseLevels, *, images: int, steps: int, seed: int) -> Image.Image:
+    """A grid of `images` images in the model's own sampler, or in all its levels where those are fewer than `steps`. Collective."""
+    drawn = draw_on_ranks(predict, levels, steps=min(steps, levels.descriptor.step_count), seed=seed, count=images)
+    return grid_image(drawn, math.ceil(math.sqrt(images)))
+
+
+def to_uint8(x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b h w c"]:
+    """Images in [-1, 1] as bytes, rounded as diffusers' pipelines do."""
+    return ((x_0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+
+
+def grid_image(images: UInt8[Tensor, "b h w c"], columns: int, *, shown_pixels: int = SHOWN_PIXELS) -> Image.Image:
+    """Images in rows of `columns` on white, small ones enlarged by a whole factor to at most `shown_pixels` a side.
+
+    Raises: ValueError if there is no image or `columns` is below 1."""
+    if len(images) == 0 or columns < 1:
+        raise ValueError(f"a grid of {len(images)} images in {columns} columns is empty; give at least one of each")
+    count, height, width, channels = images.shape
+    factor = max(1, shown_pixels // max(height, width))
+    gap = max(1, factor // 2)
+    rows = -(-count // columns)
+    grid = Image.new("RGB", (columns * (width * factor + gap) - gap, rows * (height * factor + gap) - gap), "white")
+    for number, image in enumerate(images.numpy()):
+        tile = Image.fromarray(np.repeat(image, 3, axis=2) if channels == 1 else image)
+        enlarged = tile.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+        row, column = divmod(number, columns)
+        grid.paste(enlarged, (column * (width * factor + gap), row * (height * factor + gap)))
+    return grid
