@@ -1,0 +1,161 @@
+"""The README.md of an export: what the model is, what it was made from and how it is sampled."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data_shards.index import ShardIndex
+from trainer.source import Source
+
+TAGS = ("halfstep", "diffusers", "diffusers-training", "unconditional-image-generation")
+HUB_LICENCES = {"CC0-1.0": "cc0-1.0", "CC-BY-4.0": "cc-by-4.0"}
+"""SPDX names of data licences to the names that a card's header on the Hub may use."""
+
+
+def model_card(source: Source, *, name: str, pipeline: str, sample_steps: int) -> str:
+    """The card's Markdown.
+
+    name: what the example loads, a folder or a Hub repository. pipeline: the stock pipeline's class.
+    sample_steps: in how many steps samples.png was drawn."""
+    data = find_data(source)
+    sections = (
+        _header(source, data),
+        _summary(source, name=name),
+        f"![{sample_steps} sampling steps from fixed noise](samples.png)\n\nsamples.png: {sample_steps} sampling steps, seed 0.",
+        _usage(source, name=name, pipeline=pipeline),
+        _made_from(source),
+        _data_section(data),
+        _metrics_section(source),
+    )
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def find_data(source: Source) -> ShardIndex | None:
+    """The index of the shards that a run was trained on; None where they are no longer there."""
+    shards = source.recipe.data.shards or "shards"
+    for place in (source.path / shards, source.path.parent / shards, Path(shards)):
+        if (place / "index.json").exists():
+            return ShardIndex.load(place)
+    return None
+
+
+def _header(source: Source, data: ShardIndex | None) -> str:
+    """YAML for the Hub: library, pipeline tag, licence of the data, tags."""
+    licence = str(data.licence.get("name")) if data else "unknown"
+    lines = ["---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
+    if licence in HUB_LICENCES:
+        lines.append(f"license: {HUB_LICENCES[licence]}")
+    tags = (*TAGS, "progressive-distillation") if source.descriptor.teacher_sha256 else TAGS
+    return "\n".join((*lines, "tags:", *(f"- {tag}" for tag in tags), "---"))
+
+
+def _summary(source: Source, *, name: str) -> str:
+    descriptor = source.descriptor
+    kind = "A student of progressive distillation" if descriptor.teacher_sha256 else "A diffusion model trained from scratch"
+    size = f"{descriptor.image_size} x {descriptor.image_size}"
+    plural = "step" if descriptor.step_count == 1 else "steps"
+    return f"# {name.rsplit('/', 1)[-1]}\n\n{kind} that draws {size} images in {descriptor.step_count} {plural}, made with halfstep."
+
+
+def _usage(source: Source, *, name: str, pipeline: str) -> str:
+    """Four lines of Python, and why the step count stands there."""
+    steps = source.descriptor.step_count
+    why = (
+        "Always give `num_inference_steps`: the pipeline's own default is another number, and this model has no other noise levels."
+        if source.descriptor.teacher_sha256
+        else f"Fewer steps work too; {steps} is the grid that it was trained on."
+    )
+    return "\n".join(
+        (
+            "## How to sample",
+            "",
+            "```python",
+            f"from diffusers import {pipeline}",
+            f'pipeline = {pipeline}.from_pretrained("{name}")',
+            f"images = pipeline(batch_size=4, num_inference_steps={steps}).images",
+            'images[0].save("sample.png")',
+            "```",
+            "",
+            why,
+        )
+    )
+
+
+def _made_from(source: Source) -> str:
+    recipe, descriptor = source.recipe, source.descriptor
+    parameters = sum(parameter.numel() for parameter in source.model.parameters())
+    rows = {
+        "Objective": recipe.objective.kind.replace("_", " "),
+        "Prediction": descriptor.prediction_type,
+        "Loss": recipe.objective.loss,
+        "Noise schedule": f"{recipe.noise_schedule.kind}, {len(source.alpha_bar)} levels",
+        "Sampler": descriptor.sampler,
+        "Parameters": f"{parameters:,}",
+        "Optimizer steps": f"{source.trained_steps:,}" if source.trained_steps is not None else "not known",
+        "Images a step": str(recipe.data.global_batch_size),
+        "Optimizer": f"{recipe.optim.kind}, learning rate {recipe.optim.learning_rate:g} ({recipe.lr_schedule.kind})",
+        "EMA decay": f"{recipe.ema.decay:g} (these are the averaged weights)",
+        "Precision": recipe.engine.precision,
+        "Seed": str(recipe.seed),
+        "Weights (sha256)": f"`{source.weights_sha256}`",
+        "Teacher (sha256)": f"`{descriptor.teacher_sha256}`" if descriptor.teacher_sha256 else "none",
+    }
+    table = _table(("", ""), tuple(rows.items()))
+    return f"## Recipe\n\n{table}\n\nThe whole of it is in `recipe.yaml`; `descriptor.json` says what the weights mean."
+
+
+def _data_section(data: ShardIndex | None) -> str:
+    if data is None:
+        return "## Data\n\nThe shards were not at hand when this card was written; see `recipe.yaml`."
+    licence = data.licence
+    rows = [("Images", f"{data.samples:,} of {data.image_size} x {data.image_size} pixels"), ("Licence", _licence(licence))]
+    creators = licence.get("creators")
+    if isinstance(creators, list) and creators:
+        rows.append(("By", ", ".join(map(_plain, creators)) + (" (name them)" if licence.get("attribution_required") else "")))
+    rows += [(key.replace("_", " ").capitalize(), _plain(value)) for key, value in data.source.items() if isinstance(value, str | int)]
+    rows.append(("Index (sha256)", f"`{data.sha256}`"))
+    return f"## Data\n\n{_table(('', ''), rows)}"
+
+
+def _licence(licence: Mapping[str, object]) -> str:
+    name, url = str(licence.get("name")), licence.get("url")
+    return f"[{name}]({url})" if isinstance(url, str) else name
+
+
+def _metrics_section(source: Source) -> str:
+    """The rows of evaluation.json, beside the run or in its chain's directory, that are this model's own; empty without any."""
+    kind = "student" if source.descriptor.teacher_sha256 else "teacher"
+    for file in (source.path / "evaluation.json", source.path.parent / "evaluation.json"):
+        if not file.exists():
+            continue
+        entries = json.loads(file.read_text())
+        rows = [
+            tuple(_number(entry.get(field)) for field in ("steps", "frechet_distance", "kid", "seconds_per_image"))
+            for entry in entries
+            if entry.get("model") == kind and (kind == "teacher" or entry.get("steps") == source.descriptor.step_count)
+        ]
+        if rows:
+            head = ("Steps", "Frechet distance", "KID", "Seconds an image")
+            network = _plain(entries[0].get("feature_net"))
+            note = f"By halfstep's own feature net ({network}); not comparable with distances of other feature nets."
+            return f"## Metrics\n\n{_table(head, rows)}\n\n{note}"
+    return ""
+
+
+def _number(value: object) -> str:
+    match value:
+        case float():
+            return f"{value:.4g}"
+        case int():
+            return str(value)
+    return "-"
+
+
+def _plain(value: object) -> str:
+    """Text for a table's cell."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = (head, ("---",) * len(head), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
