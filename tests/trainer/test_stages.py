@@ -47,7 +47,7 @@ def test_a_grid_has_the_wanted_number_of_levels_and_ends_with_the_noisiest(steps
     levels = grid(steps, count)
     assert len(levels) == count
     assert list(levels) == sorted(set(levels))
-    assert 0 <= levels[0] and levels[-1] == steps - 1
+    assert levels[0] >= 0 and levels[-1] == steps - 1
 
 
 @pytest.mark.parametrize("count", [5, 10, 20, 30, 50, 100, 200, 250, 333, 500, 1000])
