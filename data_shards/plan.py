@@ -1,13 +1,20 @@
 """The pure order of training data: which samples make up micro-batch (step, index)."""
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import final
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar, final
 
 import numpy as np
 from jaxtyping import Int64
 
 from data_shards.keyed import permutation, random_bits
+
+# Entries kept of pure functions: shard orders by epoch, and as many sample orders as one process is likely to have lanes.
+EPOCHS_KEPT = 2
+SAMPLE_ORDERS_KEPT = 256
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @final
@@ -34,6 +41,8 @@ class Plan:
     seed: int
     global_batch_size: int
     micro_batch_size: int
+    _shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _sample_orders: dict[tuple[int, int], np.ndarray] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size or self.global_batch_size < 1:
@@ -50,22 +59,22 @@ class Plan:
                 "pack more samples or lower data.global_batch_size"
             )
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(self.samples_per_shard)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which each sample is used once, but for the remainder."""
         return self.samples // self.global_batch_size
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         """Micro-batches in one optimizer step, which is the number of lanes."""
         return self.global_batch_size // self.micro_batch_size
 
-    @property
+    @cached_property
     def lane_samples(self) -> int:
         """Samples that one micro-batch index uses in an epoch."""
         return self.steps_per_epoch * self.micro_batch_size
@@ -87,27 +96,26 @@ class Plan:
         attempt: from 0, counts replacements that were bad themselves. The same on every rank and every resume.
         """
         drawn = int(random_bits(1, self.seed, "replacement", step, index, position, attempt)[0] % self.samples)
-        ends = np.cumsum(np.asarray(self.samples_per_shard, dtype=np.int64))
-        shard = int(np.searchsorted(ends, drawn, side="right"))
-        return shard, drawn - int(ends[shard]) + self.samples_per_shard[shard]
+        shard = int(np.searchsorted(self._ends, drawn, side="right"))
+        return shard, drawn - int(self._ends[shard]) + self.samples_per_shard[shard]
 
     def lane_shards(self, epoch: int, index: int) -> tuple[int, ...]:
         """Shards that lane `index` reads in this epoch, in the order it reads them."""
-        order, ends = _shard_order(self.samples_per_shard, self.seed, epoch)
+        order, ends = self._shard_order(epoch)
         first = index * self.lane_samples
         low, high = np.searchsorted(ends, (first, first + self.lane_samples - 1), side="right")
         return tuple(int(shard) for shard in order[low : high + 1])
 
     def _line(self, epoch: int, first: int, end: int) -> SampleRefs:
         """Samples first .. end-1 of an epoch's line."""
-        order, ends = _shard_order(self.samples_per_shard, self.seed, epoch)
+        order, ends = self._shard_order(epoch)
         at = int(np.searchsorted(ends, first, side="right"))
         shards: list[np.ndarray] = []
         positions: list[np.ndarray] = []
         while first < end:
             shard, shard_end = int(order[at]), int(ends[at])
             start = shard_end - self.samples_per_shard[shard]
-            taken = _sample_order(self.samples_per_shard[shard], self.seed, epoch, shard)[first - start : min(end, shard_end) - start]
+            taken = self._sample_order(epoch, shard)[first - start : min(end, shard_end) - start]
             shards.append(np.full(len(taken), shard, dtype=np.int64))
             positions.append(taken)
             first, at = first + len(taken), at + 1
@@ -115,16 +123,33 @@ class Plan:
             return SampleRefs(shards[0], positions[0])
         return SampleRefs(np.concatenate(shards), np.concatenate(positions))
 
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Where each shard ends when they are laid end to end in their own order."""
+        return np.cumsum(np.asarray(self.samples_per_shard, dtype=np.int64))
 
-# Caches of pure functions: 2 epochs of shard orders, and of sample orders as many as lanes of one process are likely to hold.
-@lru_cache(maxsize=2)
-def _shard_order(samples_per_shard: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shards in this epoch's order, and where on the epoch's line each ends."""
-    order = permutation(len(samples_per_shard), seed, "shards", epoch)
-    return order, np.cumsum(np.asarray(samples_per_shard, dtype=np.int64)[order])
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in this epoch's order, and where on the epoch's line each ends."""
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            order = permutation(len(self.samples_per_shard), self.seed, "shards", epoch)
+            return order, np.cumsum(np.asarray(self.samples_per_shard, dtype=np.int64)[order])
+
+        return _kept(self._shard_orders, epoch, EPOCHS_KEPT, make)
+
+    def _sample_order(self, epoch: int, shard: int) -> np.ndarray:
+        """Positions of one shard's samples in this epoch's order."""
+        samples = self.samples_per_shard[shard]
+        return _kept(
+            self._sample_orders, (epoch, shard), SAMPLE_ORDERS_KEPT, lambda: permutation(samples, self.seed, "samples", epoch, shard)
+        )
 
 
-@lru_cache(maxsize=256)
-def _sample_order(samples: int, seed: int, epoch: int, shard: int) -> np.ndarray:
-    """Positions of one shard's samples in this epoch's order."""
-    return permutation(samples, seed, "samples", epoch, shard)
+def _kept(cache: MutableMapping[K, V], key: K, limit: int, make: Callable[[], V]) -> V:
+    """cache[key], made when it is missing; the oldest entry goes when there are too many."""
+    value = cache.get(key)
+    if value is None:
+        while len(cache) >= limit:
+            cache.pop(next(iter(cache)))
+        value = cache[key] = make()
+    return value

@@ -1,0 +1,151 @@
+"""Images a second of our reader against stock webdataset and against decoding alone; one JSON object a line.
+
+ratio: median over interleaved repeats of ours / theirs; low, high: its 10th and 90th percentile.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import webdataset
+
+from data_shards.decode import image_pixels, images_tensor
+from data_shards.faces import FacesSource
+from data_shards.index import ShardIndex
+from data_shards.pack import pack
+from data_shards.plan import Plan
+from data_shards.read import MicroBatches, loader
+
+MICRO_BATCH_SIZE = 16
+GLOBAL_BATCH_SIZE = 32
+
+
+def main() -> None:
+    """Packs faces, then reads them in three ways by turns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer images and repeats, under a minute")
+    parser.add_argument("--repeats", type=int, help="rounds to take (15 with --quick, else 41)")
+    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    images, repeats = (1024, 15) if options.quick else (6016, 41)
+    with tempfile.TemporaryDirectory() as folder:
+        index = pack(FacesSource("open-peeps", images), folder, size=options.size)
+        for line in compare(index, repeats=options.repeats or repeats):
+            os.write(1, f"{json.dumps(line)}\n".encode())
+
+
+def compare(index: ShardIndex, *, repeats: int) -> list[dict[str, object]]:
+    """A result for each of the two things we are measured against."""
+    epochs = {"ours": our_epoch(index), "webdataset": webdataset_epoch(index), "decoding": decoding_epoch(index)}
+    seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    for repeat in range(repeats + 1):
+        for name, epoch in epochs.items():
+            taken = seconds_an_image(epoch, index.samples // GLOBAL_BATCH_SIZE * GLOBAL_BATCH_SIZE)
+            if repeat > 0:  # the first round warms caches
+                seconds[name].append(taken)
+    return [
+        result("reader_against_webdataset", seconds["webdataset"], seconds["ours"], against=f"webdataset {webdataset.__version__}"),
+        result("reader_against_decoding", seconds["decoding"], seconds["ours"], against="the same decoder on bytes in memory"),
+    ]
+
+
+def result(name: str, theirs: Sequence[float], ours: Sequence[float], *, against: str) -> dict[str, object]:
+    """One line: ratios above 1 say that ours is faster."""
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
+    return {
+        "name": name,
+        "ratio": round(statistics.median(ratios), 3),
+        "low": round(tenths[0], 3),
+        "high": round(tenths[-1], 3),
+        "repeats": len(ratios),
+        "against": against,
+        "machine": machine(),
+        "images_per_second": round(1 / statistics.median(ours)),
+        "images_per_second_against": round(1 / statistics.median(theirs)),
+    }
+
+
+def machine() -> str:
+    """Processor, cores, Python and torch."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def seconds_an_image(epoch: Callable[[], int], wanted: int) -> float:
+    """Wall time of one epoch an image."""
+    start = time.perf_counter()
+    images = epoch()
+    taken = time.perf_counter() - start
+    assert images == wanted, f"an epoch delivered {images} of {wanted} images"
+    return taken / images
+
+
+def our_epoch(index: ShardIndex) -> Callable[[], int]:
+    """One epoch of the plan on one rank, in this process; each call reads the next epoch, as training does."""
+    plan = Plan(index.samples_per_shard, seed=0, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE)
+    batches = MicroBatches(index, plan)
+    start_step = 0
+
+    def epoch() -> int:
+        nonlocal start_step
+        stop_step = start_step + plan.steps_per_epoch
+        indices = range(plan.micro_batches)
+        images = sum(len(batch.images) for batch in loader(batches, start_step=start_step, stop_step=stop_step, indices=indices))
+        start_step = stop_step
+        return images
+
+    return epoch
+
+
+def webdataset_epoch(index: ShardIndex) -> Callable[[], int]:
+    """One pass of stock webdataset, unshuffled and so at its fastest, with our decoder."""
+
+    def pixels(sample: tuple[bytes]) -> bytes:
+        return image_pixels(sample[0], "png", image_size=index.image_size)
+
+    def tensor(rows: list[bytes]) -> torch.Tensor:
+        return images_tensor(rows, image_size=index.image_size)
+
+    urls = [str(index.root / shard.name) for shard in index.shards]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).to_tuple("png").map(pixels)
+    batched = dataset.batched(MICRO_BATCH_SIZE, collation_fn=tensor, partial=False)
+    return lambda: sum(len(images) for images in batched)
+
+
+def decoding_epoch(index: ShardIndex) -> Callable[[], int]:
+    """Every image's bytes, already in memory, to batches of pixels."""
+    contents = encoded_images(index)
+
+    def epoch() -> int:
+        images = 0
+        for first in range(0, len(contents) - MICRO_BATCH_SIZE + 1, MICRO_BATCH_SIZE):
+            rows = [image_pixels(content, "png", image_size=index.image_size) for content in contents[first : first + MICRO_BATCH_SIZE]]
+            images += len(images_tensor(rows, image_size=index.image_size))
+        return images
+
+    return epoch
+
+
+def encoded_images(index: ShardIndex) -> list[bytes]:
+    """The PNG bytes of every sample, in the order of the index."""
+    contents: list[bytes] = []
+    for shard in index.shards:
+        tar, members = (index.root / shard.name).read_bytes(), shard.members["png"]
+        contents += [tar[offset : offset + size] for offset, size in zip(members.offsets, members.sizes, strict=True)]
+    return contents
+
+
+if __name__ == "__main__":
+    main()
