@@ -163,6 +163,8 @@ def _near_key(root: type[Section], tree: Plain, parents: list[str], name: str) -
         return other
     if near := difflib.get_close_matches(word, here, 1, 0.65):
         return prefix + near[0]
+    if len(word) > 3 and (longer := [key for key in here if word in key]):
+        return prefix + longer[0]
     for leaf in (word, other):
         if leaf in leaves:
             return leaves[leaf]

@@ -54,7 +54,7 @@ class _Found:
 
     paths: tuple[KeyPath, ...]
     text: str
-    drop: KeyPath
+    drop: tuple[KeyPath, ...]
 
 
 @dataclass
@@ -205,13 +205,14 @@ def _validate(kind: type[ConfigT], raw: _Raw) -> ConfigT | None:
         try:
             return kind.model_validate(raw.tree)
         except ValidationError as error:
-            found = [item for item in _problems(kind, raw, error) if not _follows(item, wrong)]
+            found = _problems(kind, raw, error)
         for item in found:
-            raw.note(item.paths[0], item.text)
+            if not _follows(item, wrong):
+                raw.note(item.paths[0], item.text)
+        for item in found:
             wrong += item.paths
-            _drop(kind, raw.tree, item.drop)
-        if not found:
-            return None
+            for path in item.drop:
+                _drop(kind, raw.tree, path)
     return None
 
 
@@ -254,24 +255,24 @@ def _problems(kind: type[Section], raw: _Raw, error: ValidationError) -> list[_F
                 problems: tuple[Problem, ...] = context["problems"]
                 for problem in problems:
                     paths = tuple((*path, *key.split(".")) for key in problem.keys)
-                    found.append(_Found(paths, problem.text, paths[0]))
+                    found.append(_Found(paths, problem.text, paths))
             case "extra_forbidden":
                 typed = _typed(raw, path)
-                found.append(_Found((typed,), unknown_key(kind, raw.tree, typed), path))
+                found.append(_Found((typed,), unknown_key(kind, raw.tree, typed), (path,)))
             case "missing":
                 path = _first_required(kind, raw.tree, path)
                 about = field_at(kind, raw.tree, path)
-                found.append(_Found((path,), f"missing; add it: {about.description if about else ''}".rstrip(".: "), path))
+                found.append(_Found((path,), f"missing; add it: {about.description if about else ''}".rstrip(".: "), (path,)))
             case "union_tag_invalid":
-                found.append(_Found(((*path, "kind"),), wrong_word(value_at(raw.tree, (*path, "kind")), context["expected_tags"]), path))
+                found.append(_Found(((*path, "kind"),), wrong_word(value_at(raw.tree, (*path, "kind")), context["expected_tags"]), (path,)))
             case "literal_error":
-                found.append(_Found((path,), wrong_word(value_at(raw.tree, path), context["expected"]), path))
+                found.append(_Found((path,), wrong_word(value_at(raw.tree, path), context["expected"]), (path,)))
             case code:
                 wanted.setdefault(path, []).append(wanted_instead(code, context) or item["msg"])
     for path, words in wanted.items():
         # a list inside a union is also "not a number": its items' own errors say more
         if not any(other != path and other[: len(path)] == path for other in wanted):
-            found.append(_Found((path,), wrong_value(kind, raw.tree, path, list(dict.fromkeys(words))), path))
+            found.append(_Found((path,), wrong_value(kind, raw.tree, path, list(dict.fromkeys(words))), (path,)))
     return found
 
 

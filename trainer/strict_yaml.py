@@ -66,7 +66,7 @@ def parse_value(text: str) -> Plain:
 
 def dump(tree: dict[str, Plain]) -> str:
     """Writes values so that `parse` gives the same back, in the order of the keys."""
-    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, default_flow_style=False, width=120)
 
 
 class _StrictLoader(yaml.SafeLoader):
