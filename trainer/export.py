@@ -16,7 +16,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from trainer import dist
-from trainer.checkpoint import newest_checkpoint
 from trainer.config import Prediction
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
@@ -40,7 +39,8 @@ def export_job(path: Path, options: Options) -> int:
     """Export a RUN_DIR, or the stage of a chain that samples in `steps` steps, and push it where asked to. Returns the exit code.
 
     options: out (default: PATH/export), steps (of a chain: required), push (a Hub repository, owner/name).
-    Raises: ValueError for a bad source or target; RuntimeError if the push fails."""
+    A push that fails is reported and ends with 1; the export itself stays.
+    Raises: ValueError for a bad source or target."""
     if not dist.is_rank_0():
         return 0
     steps, push = optional_integer(options, "steps"), optional_text(options, "push")
@@ -55,20 +55,19 @@ def export_job(path: Path, options: Options) -> int:
         raise ValueError(f"{path}: a chain has a model per step count; say which one: --steps N")
     folder = write_export(source, Path(optional_text(options, "out") or source.path / "export"), repository=push)
     logger.info("%s: loads with diffusers, %d steps", folder, source.descriptor.step_count)
-    if push:
+    if push is None:
+        return 0
+    try:
         logger.info("pushed to %s", push_export(folder, push))
+    except RuntimeError as error:
+        logger.error("%s", error)
+        return 1
     return 0
 
 
 def export_run(run_dir: Path) -> Path:
     """Export a run's newest checkpoint to RUN_DIR/export, unless that holds it already."""
     return write_export(load_source(run_dir), run_dir / "export")
-
-
-def is_exported(run_dir: Path) -> bool:
-    """Whether RUN_DIR/export is whole and holds the EMA weights of the newest checkpoint."""
-    checkpoint = newest_checkpoint(run_dir)
-    return checkpoint is not None and exported_sha256(run_dir / "export") == checkpoint.manifest.get("ema_sha256", "")
 
 
 def exported_sha256(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ def model_card(source: Source, *, name: str, pipeline: str, sample_steps: int) -
     data = find_data(source)
     sections = (
         _header(source, data),
-        _summary(source, name=name),
+        _summary(source),
         f"![{sample_steps} sampling steps from fixed noise](samples.png)\n\nsamples.png: {sample_steps} sampling steps, seed 0.",
         _usage(source, name=name, pipeline=pipeline),
         _made_from(source),
@@ -49,12 +49,12 @@ def _header(source: Source, data: ShardIndex | None) -> str:
     return "\n".join((*lines, "tags:", *(f"- {tag}" for tag in tags), "---"))
 
 
-def _summary(source: Source, *, name: str) -> str:
+def _summary(source: Source) -> str:
     descriptor = source.descriptor
     kind = "A student of progressive distillation" if descriptor.teacher_sha256 else "A diffusion model trained from scratch"
     size = f"{descriptor.image_size} x {descriptor.image_size}"
     plural = "step" if descriptor.step_count == 1 else "steps"
-    return f"# {name.rsplit('/', 1)[-1]}\n\n{kind} that draws {size} images in {descriptor.step_count} {plural}, made with halfstep."
+    return f"# {size} images in {descriptor.step_count} {plural}\n\n{kind}, made with halfstep."
 
 
 def _usage(source: Source, *, name: str, pipeline: str) -> str:

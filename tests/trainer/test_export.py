@@ -13,7 +13,7 @@ from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from trainer.export import export_job, export_run, is_exported, push_export, write_export
+from trainer.export import export_job, export_run, exported_sha256, push_export, write_export
 from trainer.sample import draw_images
 from trainer.source import load_source
 
@@ -141,13 +141,12 @@ def test_a_folder_that_is_no_export_is_never_overwritten(write_run: WriteRun, tm
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_knows_whether_its_newest_weights_are_exported(write_run: WriteRun, tmp_path: Path) -> None:
+def test_an_export_names_its_weights_for_as_long_as_it_is_whole(write_run: WriteRun, tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", student_steps=2)
-    assert not is_exported(run_dir)
-    export_run(run_dir)
-    assert is_exported(run_dir)
+    assert exported_sha256(run_dir / "export") is None
+    assert exported_sha256(export_run(run_dir)) == load_source(run_dir).weights_sha256
     (run_dir / "export" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert not is_exported(run_dir)
+    assert exported_sha256(run_dir / "export") is None
 
 
 def test_a_chain_is_exported_stage_by_stage(write_run: WriteRun, write_chain: WriteRun, tmp_path: Path) -> None:

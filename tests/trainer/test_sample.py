@@ -1,5 +1,7 @@
 """Sampling: which levels, which noise, which bytes, and the files written."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,17 @@ def test_a_job_writes_a_grid_or_a_folder_of_images(write_run: WriteRun, tmp_path
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["grid.png", *(f"image_{i:05d}.png" for i in range(3))]
     single = np.asarray(Image.open(tmp_path / "folder" / "image_00002.png"))
     assert np.array_equal(single, draw_images(load_source(run_dir), steps=2, seed=4, count=3)[2].numpy())
+
+
+@pytest.mark.distributed
+def test_two_ranks_write_the_grid_that_one_writes(write_run: WriteRun, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", student_steps=4, sampler="ancestral")
+    sample_job(run_dir, {"images": 5, "seed": 3, "out": str(tmp_path / "one.png")})
+    words = ["sample", str(run_dir), "--images", "5", "--seed", "3", "--out", str(tmp_path / "two.png"), "--ranks", "2"]
+    subprocess.run([sys.executable, "-m", "launch", *words], check=True, timeout=120)
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
+    assert one.shape == (2 * 136 - 8, 3 * 136 - 8, 3)
+    assert np.abs(one - two).max() <= 1
 
 
 @pytest.mark.parametrize(
