@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import final
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from trainer.rng import derive_seed, generator
+from trainer.rng import generator
 
 ARCHITECTURE = "cnn-32-64-96-pool-4-features-64-v1"
 """Changes with anything that changes the weights a training ends with, so that old numbers are never taken for new ones."""
@@ -23,7 +22,7 @@ MOST_VALUES = 40
 _WIDTHS = (32, 64, 96)
 _POOLED = 4
 _LARGEST_PIXELS = 64
-_UPDATES = 300
+UPDATES = 300
 _BATCH_IMAGES = 64
 _PEAK_LEARNING_RATE = 3e-3
 _HELD_OUT_SHARE = 0.1
@@ -50,27 +49,40 @@ class FeatureNet(nn.Module):
     def __init__(self, attributes: Sequence[Attribute], stream: torch.Generator | None = None) -> None:
         super().__init__()
         self.value_counts = [len(attribute.values) for attribute in attributes]
-        widths = (3, *_WIDTHS)
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in _WIDTHS)
-        self.projection = nn.Linear(_WIDTHS[-1] * _POOLED**2, FEATURES, bias=False)
+        with torch.random.fork_rng(devices=[]):  # the layers draw weights that are overwritten below
+            self._build()
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=stream)
+            elif name == "classifiers.bias":
+                nn.init.zeros_(parameter)
+
+    def _build(self) -> None:
+        first, second, third = _WIDTHS
+        self.stem = nn.Sequential(nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(second),
+            nn.ReLU(),
+            nn.Conv2d(second, third, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(third),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(_POOLED),
+            nn.Flatten(),
+        )
+        self.projection = nn.Linear(third * _POOLED**2, FEATURES, bias=False)
         self.scale = nn.BatchNorm1d(FEATURES, affine=False)
         self.classifiers = nn.Linear(FEATURES, sum(self.value_counts))
-        for weight in (*(layer.weight for layer in self.convolutions), self.projection.weight, self.classifiers.weight):
-            fan_in = weight[0].numel()
-            nn.init.normal_(weight, std=math.sqrt(2 / fan_in), generator=stream)
-        nn.init.zeros_(self.classifiers.bias)
 
     def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Features of images in 0 ... 255; over the training images each has mean 0 and variance 1."""
-        hidden = images.float() / 127.5 - 1
-        if max(hidden.shape[-2:]) > _LARGEST_PIXELS:
-            hidden = F.interpolate(hidden, size=(_LARGEST_PIXELS, _LARGEST_PIXELS), mode="area")
-        strides = (2 if min(hidden.shape[-2:]) >= _LARGEST_PIXELS else 1, 2, 2)
-        for convolution, norm, stride in zip(self.convolutions, self.norms, strides, strict=True):
-            hidden = F.relu(norm(F.conv2d(hidden, convolution.weight, stride=stride, padding=1)))
-        pooled = F.adaptive_avg_pool2d(hidden, _POOLED).flatten(1)
-        return self.scale(self.projection(pooled))
+        pixels = images.float() / 127.5 - 1
+        if max(pixels.shape[-2:]) > _LARGEST_PIXELS:
+            pixels = F.interpolate(pixels, size=(_LARGEST_PIXELS, _LARGEST_PIXELS), mode="area")
+        hidden = self.stem(pixels)
+        if min(pixels.shape[-2:]) == _LARGEST_PIXELS:
+            hidden = F.avg_pool2d(hidden, 2)
+        return self.scale(self.projection(self.body(hidden)))
 
     def logits(self, features: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b v"], ...]:
         """For each attribute the unnormalised log-probabilities of its values."""
@@ -106,7 +118,9 @@ def choose_attributes(rows: Sequence[Mapping[str, str]]) -> tuple[Attribute, ...
     return tuple(chosen)
 
 
-def train_feature_net(images: UInt8[Tensor, "b 3 h w"], rows: Sequence[Mapping[str, str]], *, seed: int) -> TrainedFeatureNet:
+def train_feature_net(
+    images: UInt8[Tensor, "b 3 h w"], rows: Sequence[Mapping[str, str]], *, seed: int, updates: int = UPDATES
+) -> TrainedFeatureNet:
     """Train the net to read the attributes; a pure function of its arguments on one kind of CPU, about 10 s on one core.
 
     images: in 0 ... 255, in random order: the first tenth is held out to measure the accuracy.
@@ -121,7 +135,7 @@ def train_feature_net(images: UInt8[Tensor, "b 3 h w"], rows: Sequence[Mapping[s
     held_out = max(2, int(len(images) * _HELD_OUT_SHARE))
     with _one_thread():
         net = FeatureNet(attributes, generator(seed, "feature_net", "init"))
-        _fit(net, images[held_out:], classes[held_out:], seed=derive_seed(seed, "feature_net", "order"))
+        _fit(net, images[held_out:], classes[held_out:], updates=updates, stream=generator(seed, "feature_net", "order"))
         net.requires_grad_(False).eval()
         right = (read_attributes(net, images[:held_out]) == classes[:held_out]).sum(dim=0)
     known = (classes[:held_out] != _UNKNOWN).sum(dim=0).clamp(min=1)
@@ -153,11 +167,13 @@ def _classes(rows: Sequence[Mapping[str, str]], attributes: Sequence[Attribute])
     )
 
 
-def _fit(net: FeatureNet, images: UInt8[Tensor, "b 3 h w"], classes: Int64[Tensor, "b n"], *, seed: int) -> None:
+def _fit(
+    net: FeatureNet, images: UInt8[Tensor, "b 3 h w"], classes: Int64[Tensor, "b n"], *, updates: int, stream: torch.Generator
+) -> None:
     """A fixed number of AdamW updates over shuffled passes; the learning rate rises for a tenth of them, then falls to 0."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=1e-2)
-    for update, chosen in zip(range(_UPDATES), _batches(len(images), generator(seed)), strict=False):
-        progress = (update + 1) / _UPDATES
+    for update, chosen in zip(range(updates), _batches(len(images), stream), strict=False):
+        progress = (update + 1) / updates
         rate = _PEAK_LEARNING_RATE * min(progress / 0.1, (1 + math.cos(math.pi * max(0.0, progress - 0.1) / 0.9)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -1,0 +1,78 @@
+"""Rows of evaluation.json: written and read whole, compared only where they were measured alike."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trainer.evaluation import EvaluationRow, ratio, read_rows, write_rows
+
+ROW = EvaluationRow(
+    model="student",
+    steps=8,
+    sampler="ddim",
+    frechet_distance=2.5,
+    kid=-0.001,
+    seconds_per_image=0.01,
+    feature_net="faces-attributes-0123456789ab",
+    reference="reference@sha256:aa",
+    images=512,
+    seed=0,
+    attribute_accuracy=0.9,
+    attribute_teacher_steps=32,
+    feature_net_accuracy=0.93,
+    weights_sha256="ff",
+)
+
+
+def test_rows_survive_writing_and_are_ordered_by_steps(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    slow = replace(ROW, model="teacher", steps=1000, frechet_distance=None, kid=None, attribute_accuracy=None, attribute_teacher_steps=None)
+    write_rows(path, [ROW, replace(ROW, model="teacher"), slow])
+    assert read_rows(path) == (slow, ROW, replace(ROW, model="teacher"))
+    wanted = {"model", "steps", "sampler", "frechet_distance", "kid", "seconds_per_image", "feature_net", "reference", "images"}
+    assert wanted <= json.loads(path.read_text())[0].keys()
+
+
+def test_no_file_is_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "evaluation.json") == ()
+
+
+@pytest.mark.parametrize("text", ["{}", "[{}]", "[", '[{"model": "student"}]'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"evaluation\.json.*delete"):
+        read_rows(path)
+
+
+def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    write_rows(path, [ROW])
+    path.write_text(path.read_text().replace("512", '"many"'))
+    with pytest.raises(ValueError, match="row 0: images is 'many'"):
+        read_rows(path)
+
+
+def test_the_ratio_of_rows_measured_alike() -> None:
+    assert ratio(ROW, replace(ROW, steps=32, frechet_distance=2.0)) == 1.25
+    assert ratio(ROW, replace(ROW, steps=500, frechet_distance=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (replace(ROW, feature_net="faces-attributes-ffffffffffff"), "feature net faces-attributes-0123456789ab"),
+        (replace(ROW, reference="reference@sha256:bb"), "reference sha256:aa"),
+        (replace(ROW, images=64), "images 512"),
+        (replace(ROW, seed=1), "seed 0"),
+    ],
+)
+def test_rows_measured_differently_have_no_ratio(other: EvaluationRow, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ratio(ROW, other)
+
+
+def test_a_reference_is_the_same_in_another_folder() -> None:
+    assert ratio(ROW, replace(ROW, reference="held_out@sha256:aa")) == 1.0

@@ -1,0 +1,183 @@
+"""The same-noise pictures: what each model draws from eight fixed seeds in N steps, drawn once and kept beside the run."""
+
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from trainer import dist
+from trainer.chain import read_chain
+from trainer.checkpoint import newest_checkpoint
+from trainer.config_sections import Sampler
+from trainer.files import replace_file
+from trainer.models.tiny_unet import Denoiser
+from trainer.sample import draw_on_ranks, draw_share
+from trainer.source import Source, denoiser_on, load_source
+
+logger = logging.getLogger(__name__)
+
+Model = Literal["student", "teacher"]
+PICTURES = 8
+PICTURES_SEED = 0
+_FOLDER = "pictures"
+_FACTS = "halfstep"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One row of the report: a model run in so many steps."""
+
+    model: Model
+    steps: int
+    sampler: Sampler
+    source: Source
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PictureRow:
+    """What an entry draws from the fixed seeds, and the seconds one process took for one of them."""
+
+    model: Model
+    steps: int
+    sampler: Sampler
+    images: UInt8[Tensor, "b h w c"]
+    seconds_per_image: float
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The models of a chain, or the one of a RUN_DIR or an export; students are loaded one at a time."""
+
+    path: Path
+    teacher: Source | None
+    students: Mapping[int, Path]
+    """Of each step count, where the student with a checkpoint is."""
+    image_size: int
+
+    def entries(self, steps: Iterable[int]) -> Iterator[Entry]:
+        """For each step count, most steps first: the teacher run in so many DDIM steps, then the student made for them.
+
+        Raises: ValueError at once if a count is of no model here."""
+        counts = sorted(set(steps), reverse=True)
+        levels = self.teacher.descriptor.step_count if self.teacher else 0
+        strange = [count for count in counts if not 1 <= count <= levels and count not in self.students]
+        if strange:
+            possible = [str(count) for count in self.students] + ([f"any from 1 to {levels}"] if levels else [])
+            raise ValueError(f"{self.path}: no model here samples in {strange[0]} steps; --steps may be {', '.join(possible)}")
+        return self._entries(counts, levels)
+
+    def _entries(self, counts: list[int], levels: int) -> Iterator[Entry]:
+        for count in counts:
+            if self.teacher and count <= levels:
+                yield Entry("teacher", count, "ddim", self.teacher)
+            if count in self.students:
+                student = load_source(self.students[count])
+                yield Entry("student", count, student.descriptor.sampler, student)
+
+    def step_counts(self) -> tuple[int, ...]:
+        """The counts that the models were made for, most steps first."""
+        own = {self.teacher.descriptor.step_count} if self.teacher else set()
+        return tuple(sorted(own | self.students.keys(), reverse=True))
+
+
+def load_models(path: Path) -> Models:
+    """What there is to draw from at `path`; stages of a chain without a checkpoint do not count.
+
+    Raises: ValueError if there is no model."""
+    if (path / "chain.json").exists():
+        first, *others = read_chain(path)
+        teacher = load_source(first.run_dir)
+        students = {stage.steps: stage.run_dir for stage in others if newest_checkpoint(stage.run_dir) is not None}
+        return Models(path, teacher, students, teacher.descriptor.image_size)
+    only = load_source(path)
+    if only.descriptor.teacher_sha256 is None:
+        return Models(path, only, {}, only.descriptor.image_size)
+    return Models(path, None, {only.descriptor.step_count: path}, only.descriptor.image_size)
+
+
+def picture_row(entry: Entry, home: Path) -> PictureRow:
+    """An entry's pictures, read from home/pictures/ or drawn by all ranks together and kept there.
+
+    Raises: PeerLost. Collective."""
+    path = home / _FOLDER / f"{entry.model}_{entry.steps:04d}_steps_{entry.source.weights_sha256[:8]}.png"
+    facts = {"weights_sha256": entry.source.weights_sha256, "sampler": entry.sampler, "seed": PICTURES_SEED}
+    row = _read(path, entry, facts)
+    if dist.any_rank(row is None):
+        row = _draw(entry)
+        if dist.is_rank_0():
+            _write(path, row, facts)
+        dist.barrier()
+    assert row is not None, "all ranks read the row or all have drawn it"
+    return row
+
+
+def predictor(entry: Entry) -> Denoiser:
+    """An entry's network on this rank's device, as a plain function."""
+    return denoiser_on(entry.source.model, dist.device())
+
+
+def warm_up(entry: Entry) -> None:
+    """One small forward, so that what a process does only once is not measured."""
+    predict = predictor(entry)
+    draw_share(predict, entry.source, steps=1, seed=PICTURES_SEED, indices=range(1), device=dist.device())
+
+
+def rank_seconds_per_image(seconds: float, images: int) -> float:
+    """Seconds that all processes took together, over the images they drew. Collective."""
+    totals = dist.all_gather_tensor(
+        torch.tensor([seconds if images else 0.0, float(images)], dtype=torch.float64, device=dist.device())
+    ).sum(dim=0)
+    return float(totals[0] / totals[1])
+
+
+def _draw(entry: Entry) -> PictureRow:
+    logger.info("drawing %d pictures: %s, %d steps", PICTURES, entry.model, entry.steps)
+    predict = predictor(entry)
+    warm_up(entry)
+    started = time.perf_counter()
+    images = draw_on_ranks(predict, entry.source, steps=entry.steps, seed=PICTURES_SEED, count=PICTURES, sampler=entry.sampler)
+    seconds = time.perf_counter() - started
+    mine = len(dist.share(PICTURES))
+    return PictureRow(entry.model, entry.steps, entry.sampler, images, rank_seconds_per_image(seconds, mine))
+
+
+def _write(path: Path, row: PictureRow, facts: dict[str, object]) -> None:
+    """The pictures side by side in one PNG, with what they are in its text chunk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = PngImagePlugin.PngInfo()
+    text.add_text(_FACTS, json.dumps({**facts, "seconds_per_image": row.seconds_per_image}))
+    strip = np.concatenate(list(row.images.numpy()), axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(strip.squeeze()).save(buffer, format="PNG", pnginfo=text)
+    replace_file(path, buffer.getvalue())
+
+
+def _read(path: Path, entry: Entry, facts: dict[str, object]) -> PictureRow | None:
+    """The row in a file, or None if there is none, or it is of another model or damaged: it is drawn again."""
+    size, channels = entry.source.descriptor.image_size, entry.source.descriptor.channels
+    try:
+        with Image.open(path, formats=("PNG",)) as strip:
+            if strip.size != (PICTURES * size, size):
+                return None
+            told = json.loads(str(strip.info.get(_FACTS)))
+            pixels = torch.from_numpy(np.array(strip)).reshape(size, PICTURES, size, channels).transpose(0, 1).contiguous()
+    except (OSError, ValueError, SyntaxError):
+        return None
+    seconds = told.pop("seconds_per_image", math.nan) if isinstance(told, dict) else math.nan
+    if told != facts or not isinstance(seconds, float) or not math.isfinite(seconds):
+        return None
+    return PictureRow(entry.model, entry.steps, entry.sampler, pixels, seconds)
