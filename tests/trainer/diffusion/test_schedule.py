@@ -88,5 +88,6 @@ def test_the_hash_is_that_of_the_tables_bytes_and_tells_schedules_apart() -> Non
 def test_indices_cover_the_range_evenly_and_never_reach_its_end() -> None:
     uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     assert draw_index(uniforms, 8).bincount().tolist() == [125] * 8
-    assert draw_index(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1000).tolist() == [0, 999]
-    assert draw_index(torch.tensor([1 - 2**-24]), 1000).tolist() == [999], "0.99999994 * 1000 rounds to 1000 in fp32"
+    for count in range(1, 10000):
+        assert draw_index(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), count).tolist() == [0, count - 1]
+        assert draw_index(torch.tensor([0.0, 1 - 2**-24]), count).tolist() == [0, count - 1]

@@ -131,8 +131,7 @@ def test_a_step_over_a_single_teacher_step_has_the_teachers_own_clean_image_as_t
 @pytest.mark.parametrize("count", COUNTS)
 def test_shares_are_finite_and_make_every_target_a_convex_combination(table: Tensor, count: int) -> None:
     halving = HalvingGrid.build(table, grid(1000, count))
-    for share in (halving.ddim_share, halving.ancestral_share):
-        assert bool(((share >= 0) & (share <= 1)).all())
+    assert bool(((halving.share >= 0) & (halving.share <= 1)).all())
     assert halving.timestep.tolist() == list(halve(grid(1000, count)))
 
 
