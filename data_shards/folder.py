@@ -2,7 +2,6 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -105,7 +104,7 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _formats() -> Sequence[str]:
+def _formats() -> list[str]:
     return sorted(set(IMAGE_FORMATS.values()))
 
 

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import final
+from typing import cast, final
 
 from data_shards.config import ALLOWED_EXTENSIONS, INDEX_NAME, INDEX_SCHEMA_VERSION, MAX_IMAGE_PIXELS, member_limit_bytes
 
@@ -203,7 +203,7 @@ def _members(entry: _Entry, extension: str, samples: int, size_bytes: int) -> Me
         raise ShardIndexError(f"{entry.where}: lists of {len(offsets)}, {len(sizes)} and {len(crc32)} entries, wanted {samples}; {_MEND}")
     limit = member_limit_bytes(extension)
     for position, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-        if size != -1 and not (512 <= offset and 0 <= size <= limit and offset + size <= size_bytes):
+        if size != -1 and not (offset >= 512 and 0 <= size <= limit and offset + size <= size_bytes):
             raise ShardIndexError(
                 f"{entry.where}[{position}]: offset {offset} and size {size} do not fit a shard of {size_bytes} bytes "
                 f"and the limit of {limit} bytes for .{extension}; {_MEND}"
@@ -247,6 +247,6 @@ class _Entry:
 
     def integers(self, key: str) -> array[int]:
         try:
-            return array("q", self.items(key))
+            return array("q", cast("list[int]", self.items(key)))
         except (TypeError, OverflowError):
             raise ShardIndexError(f"{self.where}: {key} is not a list of whole numbers; {_MEND}") from None

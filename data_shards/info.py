@@ -52,12 +52,13 @@ def contact_sheet(index: ShardIndex, *, rows: int = 8, columns: int = 12, seed: 
     """
     shown = min(rows * columns, index.samples)
     scale = 2 if index.image_size < 64 else 1
-    cell = index.image_size * scale + SHEET_GAP_PIXELS
+    shown_size = index.image_size * scale
+    cell = shown_size + SHEET_GAP_PIXELS
     sheet = Image.new("RGB", (columns * cell + SHEET_GAP_PIXELS, -(-shown // columns) * cell + SHEET_GAP_PIXELS), "white")
     places = [(shard, position) for shard in index.shards for position in range(shard.samples)]
     for number, place in enumerate(permutation(len(places), seed, "contact sheet")[:shown]):
         shard, position = places[place]
-        image = _image(index, shard, position).resize((cell - SHEET_GAP_PIXELS,) * 2, Image.Resampling.NEAREST)
+        image = _image(index, shard, position).resize((shown_size, shown_size), Image.Resampling.NEAREST)
         sheet.paste(image, (number % columns * cell + SHEET_GAP_PIXELS, number // columns * cell + SHEET_GAP_PIXELS))
     return sheet
 
