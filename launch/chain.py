@@ -73,15 +73,17 @@ def student_config(config: RunConfig, distill: DistillConfig, *, number: int, te
     )
     batch = distill.global_batch_size or config.data.global_batch_size
     every = distill.checkpoint_every_steps or config.checkpoint.every_steps
+    updates = _of_stage(distill.updates, number)
+    warmup_steps = min(distill.lr_schedule.warmup_steps, updates // 5)
     return config.model_copy(
         update={
             "seed": stage_seed(config.seed, number),
             "data": config.data.model_copy(update={"global_batch_size": batch}),
             "objective": objective,
             "optim": config.optim.model_copy(update={"learning_rate": _of_stage(distill.learning_rate, number)}),
-            "lr_schedule": distill.lr_schedule,
+            "lr_schedule": distill.lr_schedule.model_copy(update={"warmup_steps": warmup_steps}),
             "ema": EmaConfig(decay=distill.ema_decay, warmup=config.ema.warmup),
-            "train": config.train.model_copy(update={"steps": _of_stage(distill.updates, number)}),
+            "train": config.train.model_copy(update={"steps": updates}),
             "checkpoint": config.checkpoint.model_copy(update={"every_steps": every}),
         }
     )

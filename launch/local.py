@@ -85,7 +85,7 @@ def _take_exit_record(run_dir: Path) -> str | None:
 def _start(
     job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | None, listening: socket.socket, lock: int | None
 ) -> list[subprocess.Popen[bytes]]:
-    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HALFSTEP_TIMEOUT_SECONDS": str(cluster.collective_timeout_seconds)}
+    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HALFSTEP_LAUNCHER": "local", "HALFSTEP_TIMEOUT_SECONDS": str(cluster.collective_timeout_seconds)}
     command = [sys.executable, "-m", "launch.worker", job.kind, str(job.path), json.dumps(job.options)]
     port = listening.getsockname()[1]
     processes = []

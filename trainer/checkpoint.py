@@ -52,7 +52,7 @@ def write_checkpoint(run_dir: Path, step: int, *, parts: Mapping[str, Mapping[st
         write_durable(temporary / f"{name}.safetensors", content)
         files[f"{name}.safetensors"] = content_record(content)
     manifest = {"schema_version": SCHEMA_VERSION, "step": step, **facts, "files": files}
-    write_durable(temporary / "manifest.json", json_text(manifest).encode())
+    write_durable(temporary / "manifest.json", _sealed(manifest).encode())
     fsync_directory(temporary)
     os.rename(temporary, final)
     fsync_directory(parent)
@@ -99,7 +99,7 @@ def _committed(run_dir: Path) -> list[tuple[int, Path]]:
 def _verified(path: Path) -> Checkpoint | None:
     """The checkpoint in `path`, or None, with the reason in the log, where a file is not what the manifest says."""
     try:
-        manifest = read_json_object(path / "manifest.json")
+        manifest = _unsealed(path / "manifest.json")
         step = manifest["step"]
         if manifest["schema_version"] != SCHEMA_VERSION or not isinstance(step, int) or path.name != f"step_{step:06d}":
             raise ValueError(f"manifest.json is not one of {path.name} in schema {SCHEMA_VERSION}")
@@ -109,6 +109,22 @@ def _verified(path: Path) -> Checkpoint | None:
         logger.warning("checkpoint %s is damaged and not used: %s", path, error)
         return None
     return Checkpoint(step=step, path=path, manifest=manifest)
+
+
+def _sealed(manifest: Mapping[str, object]) -> str:
+    """A manifest's text, closed by the hash of everything before it."""
+    return json_text({**manifest, "manifest_sha256": hashlib.sha256(json_text(manifest).encode()).hexdigest()})
+
+
+def _unsealed(path: Path) -> dict[str, object]:
+    """The manifest in a file.
+
+    Raises: ValueError if a single byte of it is not as it was written."""
+    manifest = read_json_object(path)
+    manifest.pop("manifest_sha256", None)
+    if _sealed(manifest).encode() != path.read_bytes():
+        raise ValueError("manifest.json was changed after it was written")
+    return manifest
 
 
 def _records(manifest: Mapping[str, object]) -> dict[str, Mapping[str, int | str]]:

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard and a line or bar for people. The ledger of what was delivered."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -8,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
+import numpy as np
 from PIL import Image
 
-from trainer.files import cut_lines
+from trainer.files import cut_lines, replace_file
+from trainer.sample import png
 
 _PLAIN_LINE_SECONDS = 10.0
 
@@ -63,22 +66,19 @@ class Reporter:
         self.progress.show(metrics)
 
     def write_samples(self, step: int, grids: Mapping[str, Image.Image]) -> None:
-        """Report sample grids by name (ema, raw): as PNG the first, in TensorBoard all."""
-        import numpy as np
-
+        """Report sample grids by name (ema, raw), as PNG files and in TensorBoard."""
         for name, grid in grids.items():
             suffix = "" if name == "ema" else f"_{name}"
-            grid.save(self.run_dir / "samples" / f"step_{step:06d}{suffix}.png")
+            replace_file(self.run_dir / "samples" / f"step_{step:06d}{suffix}.png", png(grid))
             self.board.add_image(f"samples/{name}", np.asarray(grid), step, dataformats="HWC")
 
-    def write_outcome(self, hyperparameters: Mapping[str, str | float], loss: float) -> None:
-        """Report the run's hyper-parameters with its last loss, for TensorBoard's table of runs."""
-        self.board.add_hparams(dict(hyperparameters), {"outcome/loss": loss}, run_name=".")
+    def write_outcome(self, recipe: Mapping[str, object], loss: float) -> None:
+        """Report the recipe's values with the last loss, for TensorBoard's table of runs."""
+        values = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in recipe.items()}
+        self.board.add_hparams(values, {"outcome/loss": loss}, run_name=".")
 
     def sync(self) -> None:
         """Make what was reported so far durable; called before a checkpoint commits the steps it belongs to."""
-        import os
-
         self.file.flush()
         os.fsync(self.file.fileno())
         self.board.flush()
@@ -107,8 +107,6 @@ class Ledger:
 
     def sync(self) -> None:
         """Make the lines durable."""
-        import os
-
         self.file.flush()
         os.fsync(self.file.fileno())
 

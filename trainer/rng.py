@@ -18,6 +18,11 @@ def generator(seed: int, *path: str | int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(derive_seed(seed, *path))
 
 
+def seed_weights(seed: int) -> None:
+    """Put the default generators, from which fresh weights are drawn, at the start of the run."""
+    torch.manual_seed(derive_seed(seed, "weights"))
+
+
 def seed_dropout(seed: int, step: int, index: int) -> None:
     """Put the default generators, from which dropout draws, at the start of micro-batch (step, index)."""
     torch.manual_seed(derive_seed(seed, "dropout", step, index))

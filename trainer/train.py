@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from data_shards.read import MicroBatches, loader
 from data_shards.sample import MicroBatch
 from trainer import dist
 from trainer.checkpoint import Checkpoint, delete_old_checkpoints, newest_checkpoint, read_tensors, write_checkpoint
-from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig
+from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig, identity
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
@@ -30,13 +31,14 @@ from trainer.engines.replicated import Replicated
 from trainer.export import export_run, exported_sha256
 from trainer.hash import tensors_sha256
 from trainer.metrics import Ledger, Reporter, StepMetrics, cut_ledgers
+from trainer.models.attention import use_attention
 from trainer.models.encode import encode_pixels
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss
 from trainer.optim import learning_rate
 from trainer.options import Options, optional_text
-from trainer.rng import derive_seed, seed_dropout
+from trainer.rng import derive_seed, seed_dropout, seed_weights
 from trainer.sample import draw_grid
 from trainer.source import load_source
 from trainer.stages import grid as sampling_levels
@@ -90,9 +92,10 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
     """Join model, objective and noise schedule.
 
     Raises: ValueError where they do not fit each other or the teacher."""
-    torch.manual_seed(derive_seed(config.seed, "init"))
+    seed_weights(config.seed)
     alpha_bar = build_alpha_bar(config.noise_schedule).to(dist.device())
     module = build_tiny_unet(config.model, image_size)
+    use_attention(module, config.engine.attention)
     match config.objective:
         case DenoisingConfig() as objective:
             timesteps, teacher_sha256, sampler = tuple(range(len(alpha_bar))), None, "ddim"
@@ -201,7 +204,7 @@ def _record_attempt(run_dir: Path, start_step: int, *, previous_end: str | None)
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "world_size": dist.world_size(),
             "hosts": sorted(set(hosts)),
-            "launcher": "local",
+            "launcher": os.environ.get("HALFSTEP_LAUNCHER", "none"),
             "previous_end": previous_end,
         }
         with open(run_dir / "attempts.jsonl", "a", encoding="utf-8") as file:
@@ -223,25 +226,32 @@ class _Run:
         self._open(start_step)
         last_step = min(train.steps, start_step + (train.stop_after_steps or train.steps))
         batches, step, asked, loss = self._batches(start_step, last_step), start_step, False, 0.0
+        boundary = time.perf_counter()
         while True:
-            ends = step == train.steps or step == last_step or asked
-            if step > start_step and (ends or step % config.checkpoint.every_steps == 0):
+            ends = step in (train.steps, last_step) or asked
+            saves = step > start_step and (ends or step % config.checkpoint.every_steps == 0)
+            draws = config.logging.sample_every_steps and (step % config.logging.sample_every_steps == 0 or step == train.steps)
+            if saves:
                 self._save(step)
-            if config.logging.sample_every_steps and (step % config.logging.sample_every_steps == 0 or step == train.steps):
+            if draws:
                 self._draw_samples(step)
             if ends:
                 break
-            started, self.data_wait_seconds = time.perf_counter(), 0.0
+            if saves or draws:
+                boundary = time.perf_counter()
+            self.data_wait_seconds = 0.0
             rate = learning_rate(step, peak=config.optim.learning_rate, total_steps=train.steps, schedule=config.lr_schedule)
             result = self.engine.step(step, self._losses(batches, step), learning_rate=rate, stop=bool(self.stop.reason))
             loss, asked = result.loss, result.stop
             self.ledger.flush()
+            # A step's seconds include the report of the one before, but neither checkpoints nor samples.
+            now = time.perf_counter()
             if self.reporter and step % config.logging.every_steps == 0:
-                seconds = time.perf_counter() - started
-                speed = config.data.global_batch_size / seconds
+                speed = config.data.global_batch_size / (now - boundary)
                 self.reporter.write_step(
-                    StepMetrics(step, loss, loss.hex(), result.gradient_norm, rate, speed, seconds, self.data_wait_seconds)
+                    StepMetrics(step, loss, loss.hex(), result.gradient_norm, rate, speed, now - boundary, self.data_wait_seconds)
                 )
+            boundary = now
             step += 1
         self._close(loss)
         if step < train.steps:
@@ -339,5 +349,5 @@ class _Run:
     def _close(self, loss: float) -> None:
         self.ledger.close()
         if self.reporter:
-            self.reporter.write_outcome({"learning_rate": self.config.optim.learning_rate}, loss)
+            self.reporter.write_outcome(identity(self.config), loss)
             self.reporter.close()

@@ -1,0 +1,36 @@
+"""How every benchmark states a result: a ratio against a baseline taken in the same run, and the machine."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def print_ratio(name: str, ratios: Sequence[float], *, against: str, **figures: float) -> None:
+    """Print one JSON line; a ratio above 1 says that ours is faster. low, high: the smallest and largest ratio of a repeat."""
+    line = {
+        "name": name,
+        "ratio": round(statistics.median(ratios), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+        "repeats": len(ratios),
+        "against": against,
+        "machine": machine(),
+        **{key: round(value, 1) for key, value in figures.items()},
+    }
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def machine() -> str:
+    """Processor, cores, Python and torch."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"

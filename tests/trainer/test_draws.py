@@ -1,0 +1,48 @@
+"""Everything random is a pure function of (seed, step, index)."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.draws import draw
+from trainer.rng import derive_seed
+
+SHAPE = (4, 3, 8, 8)
+
+
+@given(seed=st.integers(0, 2**31), step=st.integers(0, 10**6), index=st.integers(0, 7))
+def test_draws_do_not_depend_on_the_process(seed: int, step: int, index: int) -> None:
+    torch.manual_seed(seed)
+    first = draw(seed, step, index, shape=SHAPE, micro_batches=8, stratified=True)
+    torch.rand(7)
+    second = draw(seed, step, index, shape=SHAPE, micro_batches=8, stratified=True)
+    assert torch.equal(first.noise, second.noise) and torch.equal(first.uniforms, second.uniforms)
+    assert torch.equal(first.flips, second.flips) and torch.equal(first.channel_noise, second.channel_noise)
+    assert first.sha256() == second.sha256()
+
+
+def test_every_micro_batch_draws_its_own() -> None:
+    digests = {draw(seed, step, index, shape=SHAPE, micro_batches=2, stratified=True).sha256() for seed in (0, 1) for step in (0, 1) for index in (0, 1)}
+    assert len(digests) == 8
+
+
+@given(step=st.integers(0, 10**6), micro_batches=st.integers(1, 8))
+def test_stratified_times_cover_the_global_batch_evenly(step: int, micro_batches: int) -> None:
+    parts = [draw(3, step, index, shape=SHAPE, micro_batches=micro_batches, stratified=True).uniforms for index in range(micro_batches)]
+    count = 4 * micro_batches
+    strata = (torch.cat(parts) * count).floor().long()
+    assert sorted(strata.tolist()) == list(range(count))
+
+
+def test_a_lane_takes_other_strata_at_the_next_step() -> None:
+    strata = [(draw(0, step, 0, shape=SHAPE, micro_batches=2, stratified=True).uniforms * 8).floor().long() % 2 for step in (0, 1)]
+    assert strata[0].unique().item() != strata[1].unique().item()
+
+
+def test_offset_noise_and_flips_do_not_change_the_noise() -> None:
+    plain = torch.randn(SHAPE, generator=torch.Generator().manual_seed(derive_seed(5, "noise", 2, 1)))
+    assert torch.equal(draw(5, 2, 1, shape=SHAPE, micro_batches=2, stratified=False).noise, plain)
+
+
+def test_derived_seeds_are_stable_across_versions() -> None:
+    assert derive_seed(0, "noise", 0, 0) == int.from_bytes(__import__("hashlib").sha256(b"0/noise/0/0").digest()[:8], "little") >> 1
