@@ -194,8 +194,3 @@ def _chain_problems(config: RunConfig, distill: DistillConfig) -> Iterator[Probl
             text = f"{len(values)} values for {len(counts)} stages (students of {students} steps)"
             hint = f"give {len(counts)} values, or one number for all"
             yield Problem((f"distill.{name}", "distill.start_steps", "distill.end_steps"), f"{text}; {hint}")
-    updates = distill.updates if isinstance(distill.updates, tuple) else (distill.updates,)
-    warmup, shortest = distill.lr_schedule.warmup_steps, min(updates)
-    if warmup >= shortest:
-        text = f"{warmup} is not below the shortest stage's {shortest} updates; set distill.lr_schedule.warmup_steps={shortest // 10}"
-        yield Problem(("distill.lr_schedule.warmup_steps", "distill.updates"), text)

@@ -131,8 +131,8 @@ def near_value(got: str, allowed: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, allowed, 1, 0.5)), None)
 
 
-def unknown_key(root: type[Section], tree: Plain, path: KeyPath) -> str:
-    """What to say of a key that its section does not have."""
+def unknown_key(root: type[Section], tree: Plain, path: KeyPath, *, prefix: str = "") -> str:
+    """What to say of a key that its section does not have; `prefix` stands before the key that it suggests."""
     *parents, name = (str(part) for part in path)
     section = section_at(root, tree, tuple(parents))
     for other in _other_kinds(root, tuple(parents)):
@@ -141,7 +141,7 @@ def unknown_key(root: type[Section], tree: Plain, path: KeyPath) -> str:
             return f"unknown key; it belongs to {'.'.join(parents)}.kind={kind}"
     near = _near_key(root, tree, parents, name)
     if near:
-        return f"unknown key - did you mean '{near}'?"
+        return f"unknown key - did you mean '{prefix}{near}'?"
     where = ".".join(parents) if section and parents else "the file"
     return f"unknown key; {where} has {', '.join((section or root).model_fields)}"
 

@@ -67,10 +67,14 @@ class _Raw:
     prefix: str
     mistakes: list[Mistake] = field(default_factory=list)
 
-    def note(self, path: KeyPath, text: str) -> None:
-        """Adds a mistake at the path's place, or at its nearest parent's that has one."""
+    def place(self, path: KeyPath) -> tuple[str, int]:
+        """Source and line of a key, or of its nearest parent that was written."""
         nearest = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.places), ())
-        source, line = self.places.get(nearest, (self.source, 1))
+        return self.places.get(nearest, (self.source, 1))
+
+    def note(self, path: KeyPath, text: str) -> None:
+        """Adds a mistake."""
+        source, line = self.place(path)
         self.mistakes.append(Mistake(source, line, (self.prefix if source == _COMMAND_LINE else "") + dotted(path), text))
 
 
@@ -258,7 +262,8 @@ def _problems(kind: type[Section], raw: _Raw, error: ValidationError) -> list[_F
                     found.append(_Found(paths, problem.text, paths))
             case "extra_forbidden":
                 typed = _typed(raw, path)
-                found.append(_Found((typed,), unknown_key(kind, raw.tree, typed), (path,)))
+                prefix = raw.prefix if raw.place(typed)[0] == _COMMAND_LINE else ""
+                found.append(_Found((typed,), unknown_key(kind, raw.tree, typed, prefix=prefix), (path,)))
             case "missing":
                 path = _first_required(kind, raw.tree, path)
                 about = field_at(kind, raw.tree, path)

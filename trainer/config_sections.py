@@ -417,9 +417,9 @@ class DistillConfig(Section):
     learning_rate: Positive | Rates = 3e-4
     """Peak learning rate of a stage: one number for all, or a list with one per stage."""
     lr_schedule: LRScheduleConfig = LinearLRSchedule()
-    """Learning-rate schedule of every stage, over its own updates."""
+    """Learning-rate schedule of every stage, over its own updates; a warm-up takes a fifth of a stage at most."""
     ema_decay: Fraction = 0.98
-    """Decay of the student's moving average, in [0, 1)."""
+    """Decay of the student's moving average, in [0, 1); ema.warmup says whether a short stage's average is a short one."""
     global_batch_size: Count | None = None
     """Images per optimizer step of a stage; null: data.global_batch_size."""
     checkpoint_every_steps: Count | None = None
