@@ -1,0 +1,85 @@
+"""A chain's folders: one run a stage, each frozen before the first step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_shards.faces import FacesSource
+from data_shards.pack import pack
+from launch.chain import freeze_chain, stage_seed, student_config, with_teacher
+from launch.run_dir import freeze
+from trainer.chain import read_chain
+from trainer.config import ProgressiveDistillationConfig, RunConfig
+from trainer.config_io import load_recipe
+
+
+def _chain(**distill: object) -> RunConfig:
+    settings = {"start_steps": 8, "end_steps": 2, "updates": [10, 30], "learning_rate": [1e-5, 1e-4], **distill}
+    return RunConfig.model_validate(
+        {
+            "data": {"faces": {"count": 4, "size": 16}, "global_batch_size": 16, "micro_batch_size": 4},
+            "train": {"steps": 10},
+            "distill": settings,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frozen chain of two halvings that trains its own teacher."""
+    folder = tmp_path_factory.mktemp("chain")
+    pack(FacesSource("open-peeps", 4), folder / "shards", size=16, workers=1)
+    config = _chain()
+    assert config.distill is not None
+    freeze_chain(folder, config, config.distill, shards=folder / "shards")
+    return folder
+
+
+def test_a_chain_lists_its_teacher_and_every_student(chain: Path) -> None:
+    stages = [(stage.name, stage.steps, stage.trained_here) for stage in read_chain(chain)]
+    assert stages == [("stage_00_1000_steps", 1000, True), ("stage_01_0004_steps", 4, True), ("stage_02_0002_steps", 2, True)]
+
+
+def test_a_student_learns_from_the_stage_before_it(chain: Path) -> None:
+    recipe = load_recipe(chain / "stage_02_0002_steps" / "recipe.yaml")
+    objective = recipe.objective
+    assert isinstance(objective, ProgressiveDistillationConfig)
+    assert (objective.teacher, objective.teacher_steps, objective.student_steps) == ("../stage_01_0004_steps", 4, 2)
+    assert recipe.train.steps == 30 and recipe.optim.learning_rate == 1e-4 and recipe.distill is None
+    assert recipe.data.shards == "../shards"
+
+
+def test_a_moved_chain_needs_no_absolute_path(chain: Path) -> None:
+    for recipe in chain.glob("*/recipe.yaml"):
+        assert str(chain) not in recipe.read_text()
+    assert str(chain) not in json.dumps(json.loads((chain / "chain.json").read_text()))
+
+
+def test_every_stage_has_a_seed_of_its_own() -> None:
+    seeds = {stage_seed(seed, number) for seed in range(10) for number in range(1, 11)}
+    assert len(seeds) == 100 and max(seeds) < 2**31
+
+
+def test_warm_up_takes_a_fifth_of_a_short_stage() -> None:
+    config = _chain(lr_schedule={"kind": "linear", "warmup_steps": 5})
+    assert config.distill is not None
+    warmups = [student_config(config, config.distill, number=n, teacher_steps=8, steps=4).lr_schedule.warmup_steps for n in (1, 2)]
+    assert warmups == [2, 5]
+
+
+def test_a_teacher_from_elsewhere_decides_the_model(tmp_path: Path, chain: Path) -> None:
+    teacher = chain / "stage_00_1000_steps"
+    config = with_teacher(_chain(teacher=str(teacher)), teacher)
+    assert config.model == load_recipe(teacher / "recipe.yaml").model
+    other = RunConfig.model_validate({"data": {"shards": "x"}, "train": {"steps": 1}, "noise_schedule": {"kind": "linear"}})
+    with pytest.raises(ValueError, match="noise_schedule is .*was trained with"):
+        with_teacher(other, teacher)
+
+
+def test_a_chain_with_more_updates_is_another_chain(chain: Path) -> None:
+    config = _chain(updates=[10, 31])
+    assert config.distill is not None
+    with pytest.raises(ValueError, match=r"distill\.updates: was \[10, 30\], now \[10, 31\]"):
+        freeze_chain(chain, config, config.distill, shards=chain / "shards")
+    freeze(chain / "stage_02_0002_steps", load_recipe(chain / "stage_02_0002_steps" / "recipe.yaml"), shards=chain / "shards", steps_fixed=True)

@@ -1,0 +1,31 @@
+"""Local ranks live and die together, and the launcher tells the truth about how."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import ClusterConfig
+from launch.local import Job, run_job
+
+
+def test_bad_input_of_a_job_ends_with_64(tmp_path: Path) -> None:
+    assert run_job(Job("hash", tmp_path, {}), ClusterConfig(), ranks=1) == 64
+
+
+def test_a_run_without_a_recipe_leaves_its_reason(tmp_path: Path) -> None:
+    assert run_job(Job("train", tmp_path, {}), ClusterConfig(), ranks=1, run_dir=tmp_path) == 64
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert record["code"] == 64 and "recipe.yaml" in record["reason"]
+
+
+def test_two_launchers_never_share_a_run(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="another process is running this run"):
+            run_job(Job("train", tmp_path, {}), ClusterConfig(), ranks=1, run_dir=tmp_path)
+    finally:
+        os.close(descriptor)

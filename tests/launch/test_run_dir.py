@@ -1,0 +1,77 @@
+"""A run's folder is frozen at its first start; another run cannot slip into it."""
+
+from pathlib import Path
+
+import pytest
+
+from data_shards.faces import FacesSource
+from data_shards.pack import pack
+from launch.run_dir import freeze
+from trainer.config import RunConfig, TrainConfig, identity
+from trainer.config_io import load_recipe
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four faces."""
+    out = tmp_path_factory.mktemp("shards")
+    pack(FacesSource("open-peeps", 4), out, size=16, workers=1)
+    return out
+
+
+def _config(shards: Path, **changes: object) -> RunConfig:
+    config = RunConfig.model_validate({"data": {"shards": str(shards)}, "train": {"steps": 10}})
+    return config.model_copy(update=changes)
+
+
+def test_the_frozen_recipe_is_complete_and_reads_back_equal(tmp_path: Path, shards: Path) -> None:
+    config = _config(shards)
+    freeze(tmp_path / "run", config, shards=shards)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == config
+
+
+def test_another_seed_is_refused_with_the_difference(tmp_path: Path, shards: Path) -> None:
+    freeze(tmp_path / "run", _config(shards), shards=shards)
+    with pytest.raises(ValueError, match="seed: was 0, now 7"):
+        freeze(tmp_path / "run", _config(shards, seed=7), shards=shards)
+
+
+def test_other_data_is_refused(tmp_path: Path, shards: Path) -> None:
+    freeze(tmp_path / "run", _config(shards), shards=shards)
+    pack(FacesSource("open-peeps", 5), tmp_path / "others", size=16, workers=1)
+    with pytest.raises(ValueError, match=r"data\.shards sha256: was"):
+        freeze(tmp_path / "run", _config(tmp_path / "others"), shards=tmp_path / "others")
+
+
+def test_moved_shards_are_the_same_data(tmp_path: Path, shards: Path) -> None:
+    freeze(tmp_path / "run", _config(shards), shards=shards)
+    pack(FacesSource("open-peeps", 4), tmp_path / "moved", size=16, workers=1)
+    freeze(tmp_path / "run", _config(tmp_path / "moved"), shards=tmp_path / "moved")
+
+
+def test_a_longer_run_is_the_same_run_where_the_rate_does_not_depend_on_it(tmp_path: Path, shards: Path) -> None:
+    freeze(tmp_path / "run", _config(shards), shards=shards)
+    freeze(tmp_path / "run", _config(shards, train=TrainConfig(steps=20)), shards=shards)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").train.steps == 20
+
+
+def test_a_longer_run_under_a_cosine_is_another_run(tmp_path: Path, shards: Path) -> None:
+    cosine = load_cosine(shards)
+    freeze(tmp_path / "run", cosine, shards=shards)
+    with pytest.raises(ValueError, match=r"train\.steps: was 10, now 20"):
+        freeze(tmp_path / "run", cosine.model_copy(update={"train": TrainConfig(steps=20)}), shards=shards)
+
+
+def load_cosine(shards: Path) -> RunConfig:
+    """The same run under a cosine schedule."""
+    return RunConfig.model_validate({"data": {"shards": str(shards)}, "train": {"steps": 10}, "lr_schedule": {"kind": "cosine"}})
+
+
+@pytest.mark.parametrize("free", ["engine.kind", "checkpoint.every_steps", "logging.every_steps", "data.workers", "train.stop_after_steps"])
+def test_how_a_run_is_run_is_not_its_identity(shards: Path, free: str) -> None:
+    assert free not in identity(_config(shards))
+
+
+@pytest.mark.parametrize("fixed", ["engine.precision", "engine.attention", "train.compile", "train.memory_format", "data.micro_batch_size", "seed"])
+def test_what_a_run_computes_is_its_identity(shards: Path, fixed: str) -> None:
+    assert fixed in identity(_config(shards))
