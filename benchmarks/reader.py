@@ -10,14 +10,17 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import webdataset
+from webdataset.compat import WebDataset
 
-from data_shards.decode import image_pixels, images_tensor
+from data_shards.decode import images_tensor
 from data_shards.faces import FacesSource
+from data_shards.images import image_pixels
 from data_shards.index import ShardIndex
 from data_shards.pack import pack
 from data_shards.plan import Plan
@@ -119,8 +122,8 @@ def webdataset_epoch(index: ShardIndex) -> Callable[[], int]:
         return images_tensor(rows, image_size=index.image_size)
 
     urls = [str(index.root / shard.name) for shard in index.shards]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).to_tuple("png").map(pixels)
-    batched = dataset.batched(MICRO_BATCH_SIZE, collation_fn=tensor, partial=False)
+    dataset = WebDataset(urls, shardshuffle=False).to_tuple("png").map(pixels)
+    batched = cast("Iterable[torch.Tensor]", dataset.batched(MICRO_BATCH_SIZE, collation_fn=tensor, partial=False))
     return lambda: sum(len(images) for images in batched)
 
 

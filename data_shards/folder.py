@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_shards.colours import rgb
 from data_shards.config import CAPTION_EXTENSION, DEFAULT_BACKGROUND, IMAGE_FORMATS, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from data_shards.images import IMAGE_ERRORS
 from data_shards.source import SourceSample
 
 LISTED_PROBLEMS = 20
@@ -71,7 +72,7 @@ class FolderSource:
         path = self.folder / self.files[number]
         try:
             image = square_image(path, size)
-        except (OSError, SyntaxError, ValueError) as error:
+        except IMAGE_ERRORS as error:
             raise ValueError(f"{path}: can't be decoded ({error}); mend or remove it") from None
         caption = _caption(path)
         return SourceSample(key=f"{number:08d}", image=image, caption=caption, extra={"file": self.files[number]})
@@ -89,8 +90,8 @@ def square_image(path: Path, size: int) -> Image.Image:
             upright.paste(drawn, mask=drawn)
         side = min(upright.size)
         left, top = (upright.width - side) // 2, (upright.height - side) // 2
-        box = (left, top, left + side, top + side)
-        return upright.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        square = upright.crop((left, top, left + side, top + side))
+        return square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _open(path: Path) -> Image.Image:
@@ -118,7 +119,7 @@ def _problem(path: Path) -> str | None:
         _caption(path)
     except UnidentifiedImageError:
         return "not a JPEG, PNG or WebP image"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombWarning, *IMAGE_ERRORS) as error:
         return str(error)
     return None
 

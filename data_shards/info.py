@@ -1,6 +1,5 @@
 """What is in a folder of shards: a summary for people and programs, and a contact sheet."""
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, IMAGE_FORMATS
+from data_shards.images import DecodeError, image_pixels
 from data_shards.index import Shard, ShardIndex
 from data_shards.keyed import permutation
-from data_shards.verify import image_fault
 
 SHEET_GAP_PIXELS = 2
 COUNTED_SAMPLES = 2000  # attributes are counted on at most so many samples: about 0.1 s
@@ -73,10 +72,11 @@ def _image(index: ShardIndex, shard: Shard, position: int) -> Image.Image:
         content = _content(index, shard, position, extension)
         if content is None:
             continue
-        fault = image_fault(content, extension, index.image_size)
-        if fault is not None:
-            raise ValueError(f"{shard.name}: sample {shard.keys[position]!r}: {fault[0]}; see `halfstep shards verify {index.root}`")
-        return Image.open(io.BytesIO(content), formats=(IMAGE_FORMATS[extension],)).convert("RGB")
+        try:
+            pixels = image_pixels(content, extension, image_size=index.image_size)
+        except DecodeError as error:
+            raise ValueError(f"{shard.name}: sample {shard.keys[position]!r}: {error}; see `halfstep shards verify {index.root}`") from None
+        return Image.frombytes("RGB", (index.image_size, index.image_size), pixels)
     raise ValueError(f"{shard.name}: sample {shard.keys[position]!r} has no image; see `halfstep shards verify {index.root}`")
 
 

@@ -22,9 +22,10 @@ from data_shards.config import (
     INDEX_NAME,
     ImageFormat,
 )
+from data_shards.images import encode_image
 from data_shards.index import Members, Shard, ShardIndex, ShardIndexError, canonical_sha256, index_text, parse_shard
 from data_shards.keyed import permutation
-from data_shards.source import Source, SourceSample, encode_image
+from data_shards.source import Source, SourceSample
 from data_shards.tar import BLOCK_BYTES, end_bytes, member_bytes
 
 PARTIAL_NAME = ".pack"  # in OUT while it is packed: the wanted pack, a lock, and an entry a finished shard

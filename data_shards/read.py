@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, IMAGE_FORMATS, MAX_REPLACEMENTS, Field, OnBadSample
-from data_shards.decode import DecodeError, attribute_strings, caption_text, image_pixels, images_tensor
+from data_shards.decode import attribute_strings, caption_text, images_tensor
+from data_shards.images import DecodeError, image_pixels
 from data_shards.index import Members, Shard, ShardIndex
 from data_shards.plan import Plan
 from data_shards.sample import BadSample, BadSampleError, MicroBatch

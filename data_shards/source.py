@@ -1,13 +1,10 @@
 """What a source of samples is: a countable, pure function from a number to an image with its texts."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from PIL import Image
-
-from data_shards.config import ImageFormat
 
 
 @dataclass(frozen=True)
@@ -40,15 +37,3 @@ class Source(Protocol):
     def sample(self, number: int, size: int) -> SourceSample:
         """Sample `number` as a size x size image."""
         ...
-
-
-def encode_image(image: Image.Image, image_format: ImageFormat) -> bytes:
-    """Bytes of an RGB image: png and webp without loss, jpg at quality 95 without chroma subsampling."""
-    file = io.BytesIO()
-    if image_format == "png":
-        image.save(file, format="PNG")
-    elif image_format == "webp":
-        image.save(file, format="WEBP", lossless=True, quality=100, method=6)
-    else:
-        image.save(file, format="JPEG", quality=95, subsampling=0)
-    return file.getvalue()

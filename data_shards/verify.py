@@ -1,16 +1,14 @@
 """Checks every byte of a folder of shards against its index; reads, and neither runs nor writes anything."""
 
 import hashlib
-import io
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
-from PIL import Image
-
-from data_shards.config import ALLOWED_EXTENSIONS, IMAGE_FORMATS, INDEX_NAME, MAX_IMAGE_PIXELS, member_limit_bytes
+from data_shards.config import ALLOWED_EXTENSIONS, IMAGE_FORMATS, INDEX_NAME, member_limit_bytes
+from data_shards.images import DecodeError, image_pixels
 from data_shards.index import Members, Shard, ShardIndex, ShardIndexError, is_safe_member_name
 from data_shards.tar import BLOCK_BYTES, Damage, Member, padded, walk
 
@@ -141,22 +139,8 @@ def _member_fault(
     if zlib.crc32(block) != rows.crc32[position]:
         return "its bytes were changed after packing", "the crc32 in the index"
     if extension in IMAGE_FORMATS:
-        return image_fault(block[BLOCK_BYTES : BLOCK_BYTES + size], extension, image_size)
-    return None
-
-
-def image_fault(content: bytes, extension: str, image_size: int) -> tuple[str, str] | None:
-    """What is wrong with an encoded image and what was wanted, or None; its size is compared before it is unpacked."""
-    try:
-        with Image.open(io.BytesIO(content), formats=(IMAGE_FORMATS[extension],)) as image:
-            if image.size != (image_size, image_size):
-                return (
-                    f"an image of {image.width} x {image.height} pixels",
-                    f"{image_size} x {image_size}, at most {MAX_IMAGE_PIXELS} pixels",
-                )
-            image.load()
-    except Image.DecompressionBombError as error:
-        return f"an image too large to open ({error})", f"{image_size} x {image_size} pixels"
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        return f"the image can't be decoded ({error})", f"a whole {IMAGE_FORMATS[extension]}"
+        try:
+            image_pixels(block[BLOCK_BYTES : BLOCK_BYTES + size], extension, image_size=image_size)
+        except DecodeError as error:
+            return str(error), f"a whole {IMAGE_FORMATS[extension]} of {image_size} x {image_size} pixels"
     return None

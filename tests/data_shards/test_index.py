@@ -82,7 +82,8 @@ def members(content: Content) -> dict[str, dict[str, list[int]]]:
         (lambda c: members(c)["png"]["sizes"].pop(), "lists of 12, 11 and 12 entries, wanted 12"),
         (lambda c: members(c)["png"]["sizes"].__setitem__(0, 10**9), "do not fit a shard"),
         (lambda c: members(c)["png"]["offsets"].__setitem__(3, -512), r"png\[3\]: offset -512"),
-        (lambda c: members(c)["png"].update(crc32=["x"] * 12), "crc32 is not a list of whole numbers"),
+        (lambda c: members(c).update(png=json.loads("[1]")), "wanted an object, got list"),
+        (lambda c: members(c)["png"].update(crc32=json.loads("[1.5]")), "crc32 is not a list of whole numbers"),
         (lambda c: c.update(shards={}), "shards is {}, wanted list"),
     ],
 )

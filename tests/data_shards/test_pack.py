@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from data_shards.config import INDEX_NAME, ImageFormat
 from data_shards.faces import FacesSource
@@ -112,10 +112,10 @@ def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(damaged: Path)
         pack(FACES, damaged, size=16, samples_per_shard=12)
 
 
-@pytest.mark.parametrize("sizes", [{"size": 0}, {"size": 16, "samples_per_shard": 0}, {"size": 16, "workers": 0}])
-def test_sizes_below_one_are_refused(sizes: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "samples_per_shard", "workers"), [(0, 1, 1), (16, 0, 1), (16, 1, 0)])
+def test_sizes_below_one_are_refused(size: int, samples_per_shard: int, workers: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must each be at least 1"):
-        pack(FACES, tmp_path, **sizes)
+        pack(FACES, tmp_path, size=size, samples_per_shard=samples_per_shard, workers=workers)
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])
@@ -139,7 +139,7 @@ def test_members_are_ustar_without_time_or_owner(packed: Path) -> None:
 def test_stock_webdataset_reads_the_shards(packed: Path) -> None:
     index = ShardIndex.load(packed)
     urls = [str(packed / shard.name) for shard in index.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    samples = list(WebDataset(urls, shardshuffle=False))
     ours = read_all(index, ("image", "caption", "attributes"))
     assert [sample["__key__"] for sample in samples] == list(ours.keys)
     assert [sample["txt"].decode() for sample in samples] == list(ours.captions)
