@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, final
+from typing import Any, TypeVar, final
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from trainer import strict_yaml
@@ -238,10 +238,11 @@ def _drop(kind: type[Section], tree: dict[str, Any], path: KeyPath) -> None:
 
 
 def _stand_in(about: FieldInfo) -> Plain:
-    adapter = TypeAdapter(Annotated[about.annotation, *about.metadata, about.description])
+    """A value that the field takes."""
+    holder = create_model("Holder", value=(about.annotation, about))
     for candidate in _STAND_INS:
         try:
-            adapter.validate_python(candidate, strict=not isinstance(candidate, list))
+            holder.model_validate({"value": candidate})
             return candidate
         except ValidationError:
             continue
