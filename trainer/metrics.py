@@ -73,9 +73,12 @@ class Reporter:
             self.board.add_image(f"samples/{name}", np.asarray(grid), step, dataformats="HWC")
 
     def write_outcome(self, recipe: Mapping[str, object], loss: float) -> None:
-        """Report the recipe's values with the last loss, for TensorBoard's table of runs."""
+        """Report the recipe's values for TensorBoard's table of runs, with train/loss as the figure that it shows beside them."""
+        from torch.utils.tensorboard.summary import hparams
+
         values = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in recipe.items()}
-        self.board.add_hparams(values, {"outcome/loss": loss}, run_name=".")
+        for summary in hparams(values, {"train/loss": loss}):
+            self.board.file_writer.add_summary(summary)
 
     def sync(self) -> None:
         """Make what was reported so far durable; called before a checkpoint commits the steps it belongs to."""
