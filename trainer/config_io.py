@@ -239,7 +239,7 @@ def _drop(kind: type[Section], tree: dict[str, Any], path: KeyPath) -> None:
 
 def _stand_in(about: FieldInfo) -> Plain:
     """A value that the field takes."""
-    holder = create_model("Holder", value=(about.annotation, about))
+    holder = create_model("Holder", value=(about.annotation or object, about))
     for candidate in _STAND_INS:
         try:
             holder.model_validate({"value": candidate})
