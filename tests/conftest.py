@@ -34,10 +34,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return compare
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name every skipped test with its reason: on the screen, the last line but pytest's own count."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    named = [
-        f"{report.nodeid} ({report.longrepr[2].removeprefix('Skipped: ')})" for report in skipped if isinstance(report.longrepr, tuple)
-    ]
-    terminalreporter.write_line(f"skipped on this machine: {'; '.join(named) or 'nothing'}")
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Name every skipped test with its reason in the last line of the run."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if not isinstance(terminal, pytest.TerminalReporter) or config.option.collectonly:
+        return
+    skipped = [report for report in terminal.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
+    named = [f"{report.nodeid} ({report.longrepr[2].removeprefix('Skipped: ')})" for report in skipped]
+    terminal.write_line(f"skipped on this machine: {'; '.join(named) or 'nothing'}")
