@@ -22,7 +22,7 @@ _JOBS = {
     "hash": "trainer.hash:hash_job",
 }
 _RUNS = ("train", "distill")
-CRASH, BAD_INPUT, NUMERIC, PEER_LOST, IO_ERROR = 1, 64, 66, 70, 74
+CRASH, BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR = 1, 64, 65, 66, 70, 74
 
 
 def main() -> None:
@@ -63,10 +63,13 @@ def _exit_code(error: Exception) -> int:
     """The worker's exit code (design: the only language between trainer and launchers)."""
     from trainer.dist import PeerLost
     from trainer.engines.engine import NumericError
+    from trainer.metrics import DataBudgetSpent
 
     match error:
         case NumericError():
             return NUMERIC
+        case DataBudgetSpent():
+            return DATA_BUDGET
         case PeerLost():
             return PEER_LOST
         case ValueError():

@@ -1,10 +1,12 @@
 """What a run reports: metrics.jsonl, TensorBoard and a line or bar for people. The ledger of what was delivered."""
 
+import hashlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
@@ -14,6 +16,8 @@ from PIL import Image
 
 from trainer.files import cut_lines, replace_file
 from trainer.sample import png
+
+logger = logging.getLogger(__name__)
 
 _PLAIN_LINE_SECONDS = 10.0
 
@@ -95,14 +99,31 @@ class Reporter:
 
 @final
 class Ledger:
-    """What this rank really delivered to the model, a line a micro-batch."""
+    """What this rank really delivered to the model, a line a micro-batch; in it, the bad samples that others stood in for."""
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self.file = open(run_dir / "ledger" / f"rank_{rank}.jsonl", "a", encoding="ascii")
+    def __init__(self, run_dir: Path, rank: int, *, max_bad_samples: int) -> None:
+        """max_bad_samples: how many a run may skip; those of earlier attempts, on any rank, count."""
+        self.max_bad_samples = max_bad_samples
+        self.bad_samples = sum(len(line.get("replaced", [])) for path in _ledgers(run_dir) for line in _lines(path))
+        self.file = open(run_dir / "ledger" / f"rank_{rank}.jsonl", "a", encoding="utf-8")
 
-    def write(self, step: int, index: int, *, keys_sha256: str, draws_sha256: str) -> None:
-        """Record micro-batch (step, index)."""
-        self.file.write(f'{{"step": {step}, "index": {index}, "keys_sha256": "{keys_sha256}", "noise_sha256": "{draws_sha256}"}}\n')
+    def write(self, step: int, index: int, *, keys: Sequence[str], draws_sha256: str, replaced: Sequence[str]) -> None:
+        """Record micro-batch (step, index).
+
+        Raises: DataBudgetSpent if more samples were bad than the run may skip."""
+        keys_sha256 = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+        line: dict[str, object] = {"step": step, "index": index, "keys_sha256": keys_sha256, "noise_sha256": draws_sha256}
+        if replaced:
+            line["replaced"] = list(replaced)
+            self.bad_samples += len(replaced)
+            for name in replaced:
+                logger.warning("step %d, micro-batch %d: skipped %s", step, index, name)
+        self.file.write(json.dumps(line) + "\n")
+        if self.bad_samples > self.max_bad_samples:
+            raise DataBudgetSpent(
+                f"{self.bad_samples} samples were bad, data.max_bad_samples allows {self.max_bad_samples}; the last: {replaced[-1]}; "
+                "`halfstep shards verify` lists them all; pack the shards again, or raise data.max_bad_samples"
+            )
 
     def flush(self) -> None:
         """Hand the lines to the system, so that they outlive this process; called once a step."""
@@ -118,10 +139,24 @@ class Ledger:
         self.file.close()
 
 
+class DataBudgetSpent(RuntimeError):
+    """More samples were bad than the recipe lets a run skip."""
+
+
+def _ledgers(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "ledger").glob("rank_*.jsonl"))
+
+
+def _lines(path: Path) -> Iterator[dict[str, list[str]]]:
+    """The lines that name bad samples: parsing the others would take long in a long run."""
+    with open(path, "rb") as file:
+        yield from (json.loads(line) for line in file if b'"replaced"' in line)
+
+
 def cut_ledgers(run_dir: Path, *, before_step: int) -> None:
     """Drop the ledger lines of steps that will be run again, whatever ranks wrote them."""
     (run_dir / "ledger").mkdir(exist_ok=True)
-    for path in (run_dir / "ledger").glob("rank_*.jsonl"):
+    for path in _ledgers(run_dir):
         cut_lines(path, before_step=before_step)
 
 

@@ -1,6 +1,5 @@
 """The loop: a recipe's axes joined, then optimizer steps until done or asked to stop."""
 
-import hashlib
 import json
 import logging
 import os
@@ -267,7 +266,8 @@ class _Run:
         if dist.is_rank_0():
             cut_ledgers(self.run_dir, before_step=start_step)
         dist.barrier()
-        self.ledger = Ledger(self.run_dir, dist.rank())
+        self.ledger = Ledger(self.run_dir, dist.rank(), max_bad_samples=config.data.max_bad_samples)
+        dist.barrier()  # all have counted before one writes
         self.reporter = None
         if dist.is_rank_0():
             self.reporter = Reporter(
@@ -314,8 +314,8 @@ class _Run:
                 micro_batches=config.micro_batches,
                 stratified=self.task.stratified,
             )
-            keys = hashlib.sha256("\n".join(batch.keys).encode()).hexdigest()
-            self.ledger.write(step, index, keys_sha256=keys, draws_sha256=draws.sha256())
+            replaced = [str(bad) for bad in batch.replaced]
+            self.ledger.write(step, index, keys=batch.keys, draws_sha256=draws.sha256(), replaced=replaced)
             flips = draws.flips.to(device) if config.data.horizontal_flip else None
             x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips)
             seed_dropout(config.seed, step, index)
