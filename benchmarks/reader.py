@@ -8,9 +8,10 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -28,17 +29,19 @@ from data_shards.read import MicroBatches, loader
 
 MICRO_BATCH_SIZE = 16
 GLOBAL_BATCH_SIZE = 32
+TURNS = 4
+BATCHES_A_TURN = 32
 
 
 def main() -> None:
     """Packs faces, then reads them in three ways by turns."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer images and repeats, under a minute")
-    parser.add_argument("--repeats", type=int, help="rounds to take (15 with --quick, else 41)")
+    parser.add_argument("--repeats", type=int, help="repeats to take (21 with --quick, else 61)")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    images, repeats = (1024, 15) if options.quick else (6016, 41)
+    images, repeats = (1024, 21) if options.quick else (6016, 61)
     with tempfile.TemporaryDirectory() as folder:
         index = pack(FacesSource("open-peeps", images), folder, size=options.size)
         for line in compare(index, repeats=options.repeats or repeats):
@@ -47,17 +50,31 @@ def main() -> None:
 
 def compare(index: ShardIndex, *, repeats: int) -> list[dict[str, object]]:
     """A result for each of the two things we are measured against."""
-    epochs = {"ours": our_epoch(index), "webdataset": webdataset_epoch(index), "decoding": decoding_epoch(index)}
-    seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    readers = {"ours": our_batches(index), "webdataset": webdataset_batches(index), "decoding": decoded_batches(index)}
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
     for repeat in range(repeats + 1):
-        for name, epoch in epochs.items():
-            taken = seconds_an_image(epoch, index.samples // GLOBAL_BATCH_SIZE * GLOBAL_BATCH_SIZE)
-            if repeat > 0:  # the first round warms caches
-                seconds[name].append(taken)
+        taken = one_repeat(readers, first=repeat)
+        if repeat > 0:  # the first one warms caches
+            for name, value in taken.items():
+                seconds[name].append(value)
     return [
         result("reader_against_webdataset", seconds["webdataset"], seconds["ours"], against=f"webdataset {webdataset.__version__}"),
         result("reader_against_decoding", seconds["decoding"], seconds["ours"], against="the same decoder on bytes in memory"),
     ]
+
+
+def one_repeat(readers: Mapping[str, Iterator[torch.Tensor]], *, first: int) -> dict[str, float]:
+    """Seconds an image of each reader, which take turns of about 20 ms, so that a busy machine slows all of them alike."""
+    names = list(readers)
+    seconds = dict.fromkeys(names, 0.0)
+    for turn in range(TURNS):
+        for place in range(len(names)):
+            name = names[(first + turn + place) % len(names)]
+            reader, start = readers[name], time.perf_counter()
+            for _ in range(BATCHES_A_TURN):
+                next(reader)
+            seconds[name] += time.perf_counter() - start
+    return {name: value / (TURNS * BATCHES_A_TURN * MICRO_BATCH_SIZE) for name, value in seconds.items()}
 
 
 def result(name: str, theirs: Sequence[float], ours: Sequence[float], *, against: str) -> dict[str, object]:
@@ -86,34 +103,15 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def seconds_an_image(epoch: Callable[[], int], wanted: int) -> float:
-    """Wall time of one epoch an image."""
-    start = time.perf_counter()
-    images = epoch()
-    taken = time.perf_counter() - start
-    assert images == wanted, f"an epoch delivered {images} of {wanted} images"
-    return taken / images
-
-
-def our_epoch(index: ShardIndex) -> Callable[[], int]:
-    """One epoch of the plan on one rank, in this process; each call reads the next epoch, as training does."""
+def our_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
+    """The plan's batches on one rank, in this process, epoch after epoch, as training reads them."""
     plan = Plan(index.samples_per_shard, seed=0, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE)
-    batches = MicroBatches(index, plan)
-    start_step = 0
-
-    def epoch() -> int:
-        nonlocal start_step
-        stop_step = start_step + plan.steps_per_epoch
-        indices = range(plan.micro_batches)
-        images = sum(len(batch.images) for batch in loader(batches, start_step=start_step, stop_step=stop_step, indices=indices))
-        start_step = stop_step
-        return images
-
-    return epoch
+    for batch in loader(MicroBatches(index, plan), start_step=0, stop_step=sys.maxsize, indices=range(plan.micro_batches)):
+        yield batch.images
 
 
-def webdataset_epoch(index: ShardIndex) -> Callable[[], int]:
-    """One pass of stock webdataset, unshuffled and so at its fastest, with our decoder."""
+def webdataset_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
+    """Stock webdataset, unshuffled and so at its fastest, with our decoder."""
 
     def pixels(sample: tuple[bytes]) -> bytes:
         return image_pixels(sample[0], "png", image_size=index.image_size)
@@ -124,21 +122,17 @@ def webdataset_epoch(index: ShardIndex) -> Callable[[], int]:
     urls = [str(index.root / shard.name) for shard in index.shards]
     dataset = WebDataset(urls, shardshuffle=False).to_tuple("png").map(pixels)
     batched = cast("Iterable[torch.Tensor]", dataset.batched(MICRO_BATCH_SIZE, collation_fn=tensor, partial=False))
-    return lambda: sum(len(images) for images in batched)
+    while True:
+        yield from batched
 
 
-def decoding_epoch(index: ShardIndex) -> Callable[[], int]:
+def decoded_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
     """Every image's bytes, already in memory, to batches of pixels."""
     contents = encoded_images(index)
-
-    def epoch() -> int:
-        images = 0
+    while True:
         for first in range(0, len(contents) - MICRO_BATCH_SIZE + 1, MICRO_BATCH_SIZE):
             rows = [image_pixels(content, "png", image_size=index.image_size) for content in contents[first : first + MICRO_BATCH_SIZE]]
-            images += len(images_tensor(rows, image_size=index.image_size))
-        return images
-
-    return epoch
+            yield images_tensor(rows, image_size=index.image_size)
 
 
 def encoded_images(index: ShardIndex) -> list[bytes]:

@@ -1,5 +1,6 @@
 """Packs a source into shuffled tars and their index; the same source and seed give the same bytes, however many workers."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -255,8 +256,11 @@ def _locked(out: Path) -> Iterator[None]:
     with (out / PARTIAL_NAME / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RuntimeError(f"{out} is being packed by another process; wait for it, or give another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks: go on without
+                raise
         yield
 
 

@@ -112,6 +112,15 @@ def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(damaged: Path)
         pack(FACES, damaged, size=16, samples_per_shard=12)
 
 
+def test_two_packs_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    def second(done: int, _total: int) -> None:
+        if done == 12:
+            with pytest.raises(RuntimeError, match="being packed by another process"):
+                pack(FACES, tmp_path, size=16, samples_per_shard=12)
+
+    pack(FACES, tmp_path, size=16, samples_per_shard=12, progress=second)
+
+
 @pytest.mark.parametrize(("size", "samples_per_shard", "workers"), [(0, 1, 1), (16, 0, 1), (16, 1, 0)])
 def test_sizes_below_one_are_refused(size: int, samples_per_shard: int, workers: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must each be at least 1"):
