@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.measure import print_ratio
 from launch.rank_env import rank_environment
 from launch.start import pack_faces
+from trainer.config import FacesConfig
 from trainer.config_io import load_recipe, recipe_path
 
 WARM_UP_STEPS = 5
@@ -35,7 +36,7 @@ def main() -> None:
         return
     steps, repeats = (15, 1) if options.quick else (60, 5)
     with tempfile.TemporaryDirectory() as folder:
-        shards = pack_faces(Path(folder) / "shards", style="open-peeps", count=512, size=32, seed=0)
+        shards = pack_faces(FacesConfig(count=512), Path(folder) / "shards")
         for ranks in (1, 2):
             ratios, speeds = [], []
             for repeat in range(repeats):
@@ -49,8 +50,8 @@ def main() -> None:
 
 def _ours(run_dir: Path, recipe: str, shards: Path, *, ranks: int, steps: int) -> float:
     """Seconds a step of `halfstep train`, as its own metrics tell; they leave nothing out but checkpoints and sample grids."""
-    overrides = [f"data.shards={shards}", f"train.steps={steps}", "lr_schedule.kind=constant", "logging.sample_every_steps=0", "distill=null"]
-    command = [sys.executable, "-m", "launch", "train", recipe, "--run-dir", str(run_dir), "--ranks", str(ranks), *overrides]
+    command = [sys.executable, "-m", "launch", "train", recipe, "--run-dir", str(run_dir), "--ranks", str(ranks), f"data.shards={shards}"]
+    command += [f"train.steps={steps}", "lr_schedule.kind=constant", "logging.sample_every_steps=0", "distill=null"]
     subprocess.run(command, check=True, capture_output=True)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["step_seconds"] for line in lines[WARM_UP_STEPS:])
@@ -101,7 +102,7 @@ def _bare_rank(out: Path, *, steps: int) -> None:
     for step in range(steps):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        parts = list(zip(*(tensor.split(micro) for tensor in batches[step % len(batches)]), strict=True))
+        loss, parts = torch.tensor(0.0), list(zip(*(tensor.split(micro) for tensor in batches[step % len(batches)]), strict=True))
         for number, (x_0, noise, times) in enumerate(parts):
             if isinstance(trained, DistributedDataParallel):
                 trained.require_backward_grad_sync = number == len(parts) - 1

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,7 +48,7 @@ def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, 
     else:
         teacher = os.path.abspath(distill.teacher)
         stages = [{"name": "teacher", "steps": config.noise_schedule.steps, "run_dir": teacher}]
-    for number, (teacher_steps, steps) in enumerate(zip(counts, counts[1:], strict=False), start=1):
+    for number, (teacher_steps, steps) in enumerate(pairwise(counts), start=1):
         name = stage_name(number, steps)
         stage = student_config(config, distill, number=number, teacher_steps=teacher_steps, steps=steps)
         source = teacher if os.path.isabs(teacher) else f"../{teacher}"

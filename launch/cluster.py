@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from trainer.config_io import config_path, load_config
 from trainer.config_sections import Count, CountOrZero, Positive, Section
 

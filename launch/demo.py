@@ -2,8 +2,8 @@
 
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,10 +74,8 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
     )
     clock, machines = Clock(), load_cluster("local", [])
     with clock.part("shards"):
-        pack_faces(out / "shards", style=faces.style, count=faces.count, size=faces.size, seed=faces.seed)
-        reference = pack_faces(
-            out / "reference", style=faces.style, count=held_out, size=faces.size, seed=faces.seed, start=faces.count
-        )
+        pack_faces(faces, out / "shards")
+        reference = pack_faces(faces.model_copy(update={"count": held_out}), out / "reference", start=faces.count)
     with clock.part("teacher and halvings"):
         code = start_distill(recipe, [], run_dir=out, cluster="local", ranks=ranks)
     if code != DONE:

@@ -85,7 +85,8 @@ def _take_exit_record(run_dir: Path) -> str | None:
 def _start(
     job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | None, listening: socket.socket, lock: int | None
 ) -> list[subprocess.Popen[bytes]]:
-    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HALFSTEP_LAUNCHER": "local", "HALFSTEP_TIMEOUT_SECONDS": str(cluster.collective_timeout_seconds)}
+    timeout = str(cluster.collective_timeout_seconds)
+    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HALFSTEP_LAUNCHER": "local", "HALFSTEP_TIMEOUT_SECONDS": timeout}
     command = [sys.executable, "-m", "launch.worker", job.kind, str(job.path), json.dumps(job.options)]
     port = listening.getsockname()[1]
     processes = []
@@ -104,7 +105,8 @@ def _start(
             passed.append(listening.fileno())
             environment["HALFSTEP_STORE_FD"] = str(listening.fileno())
         output = _log(run_dir, rank)
-        processes.append(subprocess.Popen(command, env=environment, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        processes.append(subprocess.Popen(command, env=environment, pass_fds=passed, **streams))
     return processes
 
 

@@ -15,7 +15,8 @@ from trainer.config import RunConfig, identity
 from trainer.config_io import dump_yaml
 from trainer.files import json_text, read_json_object, replace_file
 
-_PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow", "xformers", "deepspeed", "ray")
+_PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow")
+_OPTIONAL_PACKAGES = ("xformers", "deepspeed", "ray", "submitit")
 
 
 def freeze(run_dir: Path, config: RunConfig, *, shards: Path, steps_fixed: bool = False) -> None:
@@ -49,7 +50,7 @@ def write_surroundings(run_dir: Path, cluster: ClusterConfig) -> None:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "git_commit": _git_commit(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in (*_PACKAGES, *_OPTIONAL_PACKAGES) if (found := _version(name))},
     }
     replace_file(run_dir / "environment.json", json_text(environment))
 

@@ -21,7 +21,7 @@ def pack_source(source: Source, out: Path, *, size: int, seed: int, workers: int
 
     with pack_progress(f"packing {source.count} images") as progress:
         index = pack(source, out, size=size, samples_per_shard=samples_per_shard, seed=seed, workers=workers, progress=progress)
-    sys.stdout.write(f"{_headline(index)}\nuse it:  halfstep train RECIPE data.shards={out}\n")
+    sys.stderr.write(f"{_headline(index)}\n")
 
 
 def verify_shards(directory: Path) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, load_cluster
 from launch.local import Job, run_job
-from launch.progress import pack_progress
 from launch.run_dir import freeze, write_surroundings
-from trainer.config import RunConfig
+from launch.shards import pack_source
+from trainer.config import FacesConfig, RunConfig
 from trainer.config_io import dump_yaml, load_recipe, recipe_path
 
 
@@ -38,14 +38,15 @@ def start_distill(
 
     Raises: ValueError for a recipe, teacher, data or folder that cannot be used."""
     config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
-    if config.distill is None:
+    distill = config.distill
+    if distill is None:
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
-    if config.distill.teacher is not None:
-        config = with_teacher(config, Path(config.distill.teacher))
+    if distill.teacher is not None:
+        config = with_teacher(config, Path(distill.teacher))
     if dry_run:
         return _show(config, folder, count)
     shards = _shards(config, folder)
-    freeze_chain(folder, config, config.distill, shards=shards)
+    freeze_chain(folder, config, distill, shards=shards)
     write_surroundings(folder, machines)
     return run_job(Job("distill", folder, {}), machines, ranks=count, run_dir=folder)
 
@@ -71,19 +72,16 @@ def _shards(config: RunConfig, run_dir: Path) -> Path:
     """The recipe's packed shards; faces are packed into RUN_DIR/shards first (finished shards are kept)."""
     if config.data.shards is not None:
         return Path(os.path.abspath(config.data.shards))
-    faces = config.data.faces
-    assert faces is not None, "the recipe's own check asks for shards or faces"
-    return pack_faces(run_dir / "shards", style=faces.style, count=faces.count, size=faces.size, seed=faces.seed)
+    assert config.data.faces is not None, "the recipe's own check asks for shards or faces"
+    return pack_faces(config.data.faces, run_dir / "shards")
 
 
-def pack_faces(out: Path, *, style: str, count: int, size: int, seed: int, start: int = 0) -> Path:
-    """Pack cartoon faces `start` to `start + count - 1` of a style; shards that are there already are kept."""
+def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
+    """Pack a recipe's faces, from number `start` on; shards that are there already are kept. Returns the absolute path."""
     from data_shards.faces import FacesSource
-    from data_shards.pack import pack
 
-    source = FacesSource(style=style, count=count, seed=seed, start=start)
-    with pack_progress(f"packing {count} faces") as progress:
-        pack(source, out, size=size, samples_per_shard=1000, seed=seed, workers=os.cpu_count() or 1, progress=progress)
+    source = FacesSource(style=faces.style, count=faces.count, seed=faces.seed, start=start, allow_attribution=faces.allow_attribution)
+    pack_source(source, out, size=faces.size, seed=faces.seed, workers=os.cpu_count() or 1, samples_per_shard=1000)
     return Path(os.path.abspath(out))
 
 

@@ -37,8 +37,9 @@ def print_status(path: Path, *, as_json: bool) -> int:
     Raises: ValueError if `path` is neither."""
     statuses = chain_status(path) if (path / "chain.json").exists() else [run_status(path, ended=None)]
     if as_json:
-        overall = asdict(statuses[0]) if len(statuses) == 1 else {**asdict(_overall(path, statuses)), "stages": [asdict(s) for s in statuses]}
-        sys.stdout.write(json_text(overall))
+        overall = asdict(_overall(path, statuses) if len(statuses) > 1 else statuses[0])
+        stages = {"stages": [asdict(status) for status in statuses]} if len(statuses) > 1 else {}
+        sys.stdout.write(json_text({**overall, **stages}))
     else:
         for status in statuses:
             sys.stdout.write(_line(status) + "\n")

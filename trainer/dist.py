@@ -87,7 +87,8 @@ def all_gather_tensor(tensor: Tensor) -> Tensor:
 def all_gather_text(text: str) -> list[str]:
     """Every rank's text of at most 256 bytes, in rank order. Raises: PeerLost. Collective."""
     padded = text.encode()[:256].ljust(256, b"\0")
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in all_gather_tensor(torch.tensor(list(padded), dtype=torch.uint8))]
+    rows = all_gather_tensor(torch.tensor(list(padded), dtype=torch.uint8))
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def broadcast_tensor(tensor: Tensor) -> None:

@@ -25,8 +25,8 @@ class Draws:
 
     def sha256(self) -> str:
         """Digest of noise and times, for the ledger."""
-        digest = hashlib.sha256(self.noise.numpy())
-        digest.update(self.uniforms.numpy())
+        digest = hashlib.sha256(self.noise.numpy().data)
+        digest.update(self.uniforms.numpy().data)
         return digest.hexdigest()
 
 

@@ -81,8 +81,10 @@ class Reporter:
         from torch.utils.tensorboard.summary import hparams
 
         values = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in recipe.items()}
+        writer = self.board.file_writer
+        assert writer is not None, "the reporter is open"
         for summary in hparams(values, {"train/loss": loss}):
-            self.board.file_writer.add_summary(summary)
+            writer.add_summary(summary)
 
     def sync(self) -> None:
         """Make what was reported so far durable; called before a checkpoint commits the steps it belongs to."""

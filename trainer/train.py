@@ -32,14 +32,14 @@ from trainer.hash import tensors_sha256
 from trainer.metrics import Ledger, Reporter, StepMetrics, cut_ledgers
 from trainer.models.attention import use_attention
 from trainer.models.encode import encode_pixels
-from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
+from trainer.models.tiny_unet import Denoiser, build_tiny_unet
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss
 from trainer.optim import learning_rate
 from trainer.options import Options, optional_text
 from trainer.rng import derive_seed, seed_dropout, seed_weights
 from trainer.sample import draw_grid
-from trainer.source import load_source
+from trainer.source import denoiser_on, load_source
 from trainer.stages import grid as sampling_levels
 from trainer.stages import halve
 from trainer.stop import StopRequest
@@ -105,7 +105,8 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
             levels = tuple(own[level] for level in sampling_levels(len(own), objective.teacher_steps))
             module.load_state_dict(teacher.model.state_dict())
             timesteps, teacher_sha256, sampler = halve(levels), teacher.weights_sha256, objective.sampler
-            loss = _halving(objective, denoiser(teacher.model.to(dist.device())), HalvingGrid.build(alpha_bar, levels, device=dist.device()))
+            grid = HalvingGrid.build(alpha_bar, levels, device=dist.device())
+            loss = _halving(objective, denoiser_on(teacher.model, dist.device()), grid)
     descriptor = Descriptor(
         prediction_type=config.objective.prediction,
         alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
@@ -214,9 +215,7 @@ def _record_attempt(run_dir: Path, start_step: int, *, previous_end: str | None)
 class _Run:
     """One attempt at a run: its files and its place."""
 
-    def __init__(
-        self, config: RunConfig, run_dir: Path, index: ShardIndex, task: Task, engine: Engine, stop: StopRequest
-    ) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, index: ShardIndex, task: Task, engine: Engine, stop: StopRequest) -> None:
         self.config, self.run_dir, self.index, self.task, self.engine, self.stop = config, run_dir, index, task, engine, stop
 
     def go(self, start_step: int) -> int:

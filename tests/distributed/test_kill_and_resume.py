@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.distributed
 MOMENTS = ["inside a save", "between stages", "inside a save", *["anywhere"] * 7]
 
 
-@pytest.mark.parametrize(("seed", "moment"), enumerate(MOMENTS), ids=[f"{seed}-{moment.replace(' ', '-')}" for seed, moment in enumerate(MOMENTS)])
+@pytest.mark.parametrize(("seed", "moment"), list(enumerate(MOMENTS)))
 def test_a_rank_killed_at_a_random_moment_changes_no_bit_on_2_ranks(two_ranks: Path, tmp_path: Path, seed: int, moment: str) -> None:
     _kill_and_resume(two_ranks, tmp_path / "run", ranks=2, seed=seed, moment=moment)
 
@@ -41,7 +42,7 @@ def _kill_and_resume(reference: Path, run_dir: Path, *, ranks: int, seed: int, m
     assert hash_run(run_dir) == hash_run(reference)
 
 
-def _wait_for(moment: str, dice: random.Random, reference: Path, run_dir: Path, process) -> int:
+def _wait_for(moment: str, dice: random.Random, reference: Path, run_dir: Path, process: subprocess.Popen[bytes]) -> int:
     """Wait for the moment and name the rank to kill."""
     match moment:
         case "inside a save":

@@ -73,7 +73,7 @@ def test_a_teacher_from_elsewhere_decides_the_model(tmp_path: Path, chain: Path)
     config = with_teacher(_chain(teacher=str(teacher)), teacher)
     assert config.model == load_recipe(teacher / "recipe.yaml").model
     other = RunConfig.model_validate({"data": {"shards": "x"}, "train": {"steps": 1}, "noise_schedule": {"kind": "linear"}})
-    with pytest.raises(ValueError, match="noise_schedule is .*was trained with"):
+    with pytest.raises(ValueError, match=r"noise_schedule is .*was trained with"):
         with_teacher(other, teacher)
 
 
@@ -82,4 +82,5 @@ def test_a_chain_with_more_updates_is_another_chain(chain: Path) -> None:
     assert config.distill is not None
     with pytest.raises(ValueError, match=r"distill\.updates: was \[10, 30\], now \[10, 31\]"):
         freeze_chain(chain, config, config.distill, shards=chain / "shards")
-    freeze(chain / "stage_02_0002_steps", load_recipe(chain / "stage_02_0002_steps" / "recipe.yaml"), shards=chain / "shards", steps_fixed=True)
+    stage = chain / "stage_02_0002_steps"
+    freeze(stage, load_recipe(stage / "recipe.yaml"), shards=chain / "shards", steps_fixed=True)

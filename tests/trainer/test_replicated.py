@@ -22,8 +22,8 @@ def _model() -> nn.Module:
     return build_tiny_unet(TinyUNetConfig(channels=(8, 16), attention=(False, True), attention_heads=2), 8)
 
 
-def _engine(model: nn.Module, **settings: str) -> Replicated:
-    return Replicated(model, optim=OPTIM, ema=EMA, precision="fp32", memory_format=settings.get("memory_format", "contiguous"), micro_batches=2)
+def _engine(model: nn.Module, *, memory_format: str = "contiguous") -> Replicated:
+    return Replicated(model, optim=OPTIM, ema=EMA, precision="fp32", memory_format=memory_format, micro_batches=2)
 
 
 def _losses(step: int, scale: float = 1.0):

@@ -54,7 +54,9 @@ class Replicated:
         self.flat = nn.Parameter(self.weights)
         self.flat.grad = self.gradients
         self.optimizer = build_optimizer(optim, [self.flat])
-        self.denoiser = denoiser(torch.compile(module) if compile else module)
+        if compile:
+            module.compile()
+        self.denoiser = denoiser(module)
 
     def step(self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, stop: bool) -> StepResult:
         """See Engine.step."""
