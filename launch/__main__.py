@@ -237,7 +237,8 @@ def shards_pack(
         from data_shards.faces import FacesSource
 
         images = FacesSource(style=style, count=count, seed=seed, start=start, allow_attribution=allow_attribution)
-    pack_source(images, out, size=size, seed=seed, workers=workers or os.cpu_count() or 1, samples_per_shard=samples_per_shard)
+    line = pack_source(images, out, size=size, seed=seed, workers=workers or os.cpu_count() or 1, samples_per_shard=samples_per_shard)
+    sys.stdout.write(f"{line}\nuse it:  halfstep train RECIPE data.shards={out}\n")
 
 
 @shards.command("verify")

@@ -13,15 +13,15 @@ _SHOWN_VALUES = 6
 DAMAGED = 2
 
 
-def pack_source(source: Source, out: Path, *, size: int, seed: int, workers: int, samples_per_shard: int) -> None:
-    """Pack a source's images into OUT; shards that are there already are kept.
+def pack_source(source: Source, out: Path, *, size: int, seed: int, workers: int, samples_per_shard: int) -> str:
+    """Pack a source's images into OUT, shards that are there already being kept; returns a line that says what is there now.
 
     Raises: ValueError if an image cannot be read, or OUT holds another pack."""
     from data_shards.pack import pack
 
     with pack_progress(f"packing {source.count} images") as progress:
         index = pack(source, out, size=size, samples_per_shard=samples_per_shard, seed=seed, workers=workers, progress=progress)
-    sys.stderr.write(f"{_headline(index)}\n")
+    return _headline(index)
 
 
 def verify_shards(directory: Path) -> int:
