@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
@@ -13,7 +13,7 @@ from typing import Literal, final
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from trainer import dist
@@ -32,6 +32,12 @@ PICTURES = 8
 PICTURES_SEED = 0
 _FOLDER = "pictures"
 _FACTS = "halfstep"
+_TITLES: dict[Model, tuple[str, str]] = {
+    "student": ("student made for so many steps", "#2f5fd0"),
+    "teacher": ("teacher run in so many DDIM steps", "#c2571a"),
+}
+_TILE, _GAP, _MARGIN, _HEAD, _MIDDLE = 64, 4, 76, 34, 28
+"""Pixels in the overview: a picture, the space between two, left and top margins, the space between the two halves."""
 
 
 @final
@@ -101,12 +107,17 @@ def load_models(path: Path) -> Models:
     if (path / "chain.json").exists():
         first, *others = read_chain(path)
         teacher = load_source(first.run_dir)
-        students = {stage.steps: stage.run_dir for stage in others if newest_checkpoint(stage.run_dir) is not None}
+        students = {stage.steps: stage.run_dir for stage in others if has_model(stage.run_dir)}
         return Models(path, teacher, students, teacher.descriptor.image_size)
     only = load_source(path)
     if only.descriptor.teacher_sha256 is None:
         return Models(path, only, {}, only.descriptor.image_size)
     return Models(path, None, {only.descriptor.step_count: path}, only.descriptor.image_size)
+
+
+def has_model(path: Path) -> bool:
+    """Whether a run has a checkpoint, or a folder is an export."""
+    return (path / "model_index.json").exists() or newest_checkpoint(path) is not None
 
 
 def picture_row(entry: Entry, home: Path) -> PictureRow:
@@ -123,6 +134,27 @@ def picture_row(entry: Entry, home: Path) -> PictureRow:
         dist.barrier()
     assert row is not None, "all ranks read the row or all have drawn it"
     return row
+
+
+def overview_picture(pictures: Sequence[PictureRow]) -> Image.Image:
+    """The rows as one picture: a line a step count, students on the left, the teacher run in so many steps on the right."""
+    counts = sorted({picture.steps for picture in pictures}, reverse=True)
+    models: list[Model] = [model for model in _TITLES if any(picture.model == model for picture in pictures)]
+    block = PICTURES * (_TILE + _GAP) - _GAP
+    left = {model: _MARGIN + number * (block + _MIDDLE) for number, model in enumerate(models)}
+    sheet = Image.new("RGB", (left[models[-1]] + block + _GAP, _HEAD + len(counts) * (_TILE + _GAP)), "white")
+    draw, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(size=16), ImageFont.load_default(size=20)
+    for model in models:
+        title, colour = _TITLES[model]
+        draw.text((left[model], _HEAD / 2), title, fill=colour, font=small, anchor="lm")
+    for number, count in enumerate(counts):
+        draw.text((_MARGIN - 12, _HEAD + number * (_TILE + _GAP) + _TILE / 2), str(count), fill="#1c1b1a", font=large, anchor="rm")
+    for picture in pictures:
+        top = _HEAD + counts.index(picture.steps) * (_TILE + _GAP)
+        for number, image in enumerate(picture.images.numpy()):
+            tile = Image.fromarray(image.squeeze()).convert("RGB").resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (left[picture.model] + number * (_TILE + _GAP), top))
+    return sheet
 
 
 def predictor(entry: Entry) -> Denoiser:

@@ -16,8 +16,8 @@ from trainer.evaluation import read_rows
 from trainer.files import read_json_object, replace_file
 from trainer.model_card import find_data
 from trainer.options import Options, optional_text
-from trainer.pictures import PictureRow, load_models, picture_row
-from trainer.report_page import Stage, Subject, overview_picture, page
+from trainer.pictures import PictureRow, has_model, load_models, overview_picture, picture_row
+from trainer.report_page import Stage, Subject, page
 from trainer.report_tables import steps_text
 from trainer.sample import png
 from trainer.source import load_source
@@ -55,7 +55,7 @@ def report_job(path: Path, options: Options) -> int:
 
 def draw_pictures(directory: Path) -> tuple[PictureRow, ...]:
     """A chain's same-noise pictures: at each count that a model was made for, the student and the teacher. Collective."""
-    if not (directory / "chain.json").exists():
+    if not (directory / "chain.json").exists() or not has_model(read_chain(directory)[0].run_dir):
         return ()
     models = load_models(directory)
     return tuple(picture_row(entry, directory) for entry in models.entries(models.step_counts()))
@@ -170,7 +170,7 @@ def _credits(directory: Path) -> tuple[tuple[str, str], ...]:
     """Licence and artists of the training data, where the shards still are."""
     chain = (directory / "chain.json").exists()
     run_dir = read_chain(directory)[0].run_dir if chain else directory
-    if not (run_dir / "checkpoints").exists() and not (run_dir / "model_index.json").exists():
+    if not has_model(run_dir):
         return ()
     index = find_data(load_source(run_dir))
     if index is None:

@@ -8,7 +8,6 @@ from html import escape
 from statistics import median
 from typing import final
 
-import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -21,6 +20,8 @@ from trainer.report_tables import comparison, evaluation_section, steps_text
 
 _COLOURS = ("--student", "--teacher", "--third", "--fourth", "--fifth")
 _SHARPEST_PIXELS = 96
+# The browser itself holds the page to its promise that nothing is loaded from elsewhere.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @final
@@ -69,12 +70,13 @@ def page(subjects: Sequence[Subject]) -> str:
     body = [f'<p class="over">halfstep report</p><h1>{escape(title)}</h1>']
     if len(subjects) > 1:
         body.append(_compared(subjects))
-    for number, subject in enumerate(subjects):
+    for subject in subjects:
         if len(subjects) > 1:
             body.append(f'<h1 class="next">{escape(subject.name)}</h1>')
-        body.append(_subject(subject, curves=len(subjects) == 1, number=number))
+        body.append(_subject(subject, curves=len(subjects) == 1))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{escape(title)} - halfstep report</title><style>{STYLE}</style></head><body><main>{''.join(body)}"
         "<footer>Made by <code>halfstep report</code>. Pictures, curves and tables are inside this one file; it loads nothing else."
         "</footer></main></body></html>\n"
@@ -86,7 +88,8 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _subject(subject: Subject, *, curves: bool, number: int) -> str:
+def _subject(subject: Subject, *, curves: bool) -> str:
+    """One directory's part; its curves only where they do not stand in a comparison already."""
     parts = [f'<p class="lead">{escape(subject.kind)}</p>', _tiles(subject)]
     if subject.pictures:
         parts.append(_faces(subject.pictures, subject.rows))
@@ -188,7 +191,7 @@ def _curves(subjects: Sequence[Subject]) -> str:
             for subject, stage in shown
         ]
         last = ", ".join(number_text(stage.losses[-1]) for _, stage in shown)
-        plot = loss_plot(series, title=title)
+        plot = loss_plot(series, title=title, wide=len(titles) == 1)
         plots.append(f'<figure class="card">{plot}<figcaption><b>{escape(title)}</b> · last loss {last}</figcaption></figure>')
     legend = ""
     if len(subjects) > 1:
@@ -198,7 +201,7 @@ def _curves(subjects: Sequence[Subject]) -> str:
         legend = f'<div class="legend">{entries}</div>'
     return (
         '<h2>Loss curves</h2><p class="soft">Over optimizer steps, logarithmic. Pale: every logged step; bold: moving average.</p>'
-        f'{legend}<div class="plots">{"".join(plots)}</div>'
+        f'{legend}<div class="{"plots" if len(plots) > 1 else "plot_alone"}">{"".join(plots)}</div>'
     )
 
 
@@ -244,34 +247,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def overview_picture(pictures: Sequence[PictureRow]) -> Image.Image:
-    """The same-noise grid as one picture: a line a step count, students left, the teacher run in so many steps right."""
-    from PIL import ImageDraw, ImageFont
-
-    tile, gap, label, head, middle = 64, 4, 76, 34, 28
-    counts = sorted({picture.steps for picture in pictures}, reverse=True)
-    columns = len(pictures[0].images)
-    block = columns * (tile + gap) - gap
-    both = any(picture.model == "student" for picture in pictures) and any(picture.model == "teacher" for picture in pictures)
-    left = {"student": label, "teacher": label + (block + middle if both else 0)}
-    sheet = Image.new("RGB", (label + block + (middle + block if both else 0) + gap, head + len(counts) * (tile + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    for model, text in (("student", "student made for so many steps"), ("teacher", "teacher run in so many steps")):
-        if any(picture.model == model for picture in pictures):
-            draw.text((left[model], head / 2), text, fill=(47, 95, 208) if model == "student" else (194, 87, 26), font=font, anchor="lm")
-    for number, count in enumerate(counts):
-        draw.text(
-            (label - 12, head + number * (tile + gap) + tile / 2),
-            str(count),
-            fill=(28, 27, 26),
-            font=ImageFont.load_default(size=20),
-            anchor="rm",
-        )
-    for picture in pictures:
-        top = head + counts.index(picture.steps) * (tile + gap)
-        for number, image in enumerate(picture.images.numpy()):
-            face = Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image)
-            sheet.paste(face.resize((tile, tile), Image.Resampling.BICUBIC), (left[picture.model] + number * (tile + gap), top))
-    return sheet

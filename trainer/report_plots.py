@@ -38,8 +38,11 @@ def smoothed(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(averages)
 
 
-def loss_plot(series: Sequence[Series], *, title: str, width: int = 360, height: int = 200) -> str:
-    """Losses over optimizer steps on a logarithmic axis: each raw line pale, its moving average on top."""
+def loss_plot(series: Sequence[Series], *, title: str, wide: bool = False) -> str:
+    """Losses over optimizer steps on a logarithmic axis: each raw line pale, its moving average on top.
+
+    wide: for a plot that has the page's width to itself."""
+    width, height = (760, 260) if wide else (360, 200)
     visible = [value for each in series for value in each.ys if _is_drawable(value)]
     if not visible:
         return ""
@@ -58,8 +61,9 @@ def loss_plot(series: Sequence[Series], *, title: str, width: int = 360, height:
     return _svg(width, height, f"{title}: loss over optimizer steps, logarithmic", body)
 
 
-def distance_plot(series: Sequence[Series], *, title: str, width: int = 460, height: int = 270) -> str:
+def distance_plot(series: Sequence[Series], *, title: str) -> str:
     """Distances over sampling steps, both logarithmic, a dot for every measured row."""
+    width, height = 460, 270
     points = [(x, y) for each in series for x, y in zip(each.xs, each.ys, strict=True) if _is_drawable(y)]
     if not points:
         return ""
@@ -76,8 +80,9 @@ def distance_plot(series: Sequence[Series], *, title: str, width: int = 460, hei
     return _svg(width, height, title, body)
 
 
-def sparkline(values: Sequence[float], *, width: int = 96, height: int = 20) -> str:
+def sparkline(values: Sequence[float]) -> str:
     """A line without axes, from 0 up, that shows whether a speed was steady."""
+    width, height = 96, 20
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return ""
@@ -145,6 +150,8 @@ class _Frame:
 
 def number_text(value: float) -> str:
     """A number of any size in three digits and few characters: 0.002, 3, 3e-5."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
     if not 0 < abs(value) < 1e-3:
         return f"{value:.3g}"
     digits, exponent = f"{value:.2e}".split("e")

@@ -60,7 +60,9 @@ tbody tr:last-child td { border-bottom: 0 }
 
 .two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 26px; align-items: center; margin-top: 14px }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 14px; margin-top: 14px }
+.plot_alone { margin-top: 14px }
 .plots .card { padding: 14px 14px 10px }
+.two + p { margin-top: 1em }
 figure { margin: 0 }
 figcaption { font-size: .86rem; line-height: 1.4; margin-top: 6px }
 figcaption b { color: var(--ink) }

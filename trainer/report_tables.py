@@ -84,7 +84,7 @@ def comparison(measured: Mapping[str, Sequence[EvaluationRow]], *, colours: Sequ
     return (
         f'<h2>Fréchet distances</h2><div class="two"><figure class="card">{plot}{_legend(series)}</figure>'
         f'<div class="scroll"><table><thead><tr><th>Steps</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div></div>'
-        f"{_measured_how([one])}"
+        f'<p class="soft">{_yardstick_text(one)}</p>'
     )
 
 
@@ -152,19 +152,23 @@ def _legend(series: Sequence[Series]) -> str:
     return f'<div class="legend">{entries}</div>'
 
 
-def _measured_how(rows: Sequence[EvaluationRow]) -> str:
-    """What the numbers are, in one paragraph."""
-    measured = next((row for row in rows if row.frechet_distance is not None), None)
-    if measured is None:
-        return f'<p class="soft">{_SECONDS}</p>'
-    folder, _, sha256 = measured.reference.partition("@")
-    teacher = next((row.attribute_teacher_steps for row in rows if row.attribute_teacher_steps), None)
-    kept = f" Attributes kept: those that read as on the teacher's image in {steps_text(teacher)} from the same noise." if teacher else ""
+def _yardstick_text(row: EvaluationRow) -> str:
+    """What the distances of a row were measured with."""
+    folder, _, sha256 = row.reference.partition("@")
     return (
-        f'<p class="soft">{measured.images:,} images a row from seed {measured.seed}, against the images of <code>{escape(folder)}</code> '
-        f"(<code>{escape(sha256[:19])}</code>). Feature net <code>{escape(measured.feature_net)}</code>, which names "
-        f"{100 * measured.feature_net_accuracy:.0f} % of held-out attributes.{kept} {_SECONDS}</p>"
+        f"{row.images:,} images a row from seed {row.seed}, against the images of <code>{escape(folder)}</code> "
+        f"(<code>{escape(sha256[:19])}</code>). Feature net <code>{escape(row.feature_net)}</code>, which names "
+        f"{100 * row.feature_net_accuracy:.0f} % of held-out attributes."
     )
+
+
+def _measured_how(rows: Sequence[EvaluationRow]) -> str:
+    """What the table's numbers are, in one paragraph."""
+    measured = next((row for row in rows if row.frechet_distance is not None), None)
+    yardstick = _yardstick_text(measured) if measured else ""
+    teacher = next((row.attribute_teacher_steps for row in rows if row.attribute_teacher_steps), None)
+    kept = f"Attributes kept: those that read as on the teacher's image in {steps_text(teacher)} from the same noise." if teacher else ""
+    return f'<p class="soft">{yardstick} {kept} {_SECONDS}</p>'
 
 
 def _best(best: bool) -> str:
