@@ -1,8 +1,13 @@
 """The pure order of training data: which samples make up micro-batch (step, index)."""
 
+from __future__ import annotations  # array[int] is subscriptable from 3.12 on
+
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TypeVar, final
 
 import numpy as np
@@ -41,8 +46,8 @@ class Plan:
     seed: int
     global_batch_size: int
     micro_batch_size: int
-    _shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _sample_orders: dict[tuple[int, int], np.ndarray] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _shard_orders: dict[int, tuple[list[int], list[int]]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _sample_orders: dict[tuple[int, int], array[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size or self.global_batch_size < 1:
@@ -84,11 +89,29 @@ class Plan:
 
         Raises: IndexError if either is out of range.
         """
+        shards, positions = np.asarray(self.places(step, index), dtype=np.int64).T
+        return SampleRefs(shards, positions)
+
+    def places(self, step: int, index: int) -> list[tuple[int, int]]:
+        """The same as (shard, position) pairs, which is what a reader wants.
+
+        Raises: IndexError if step or index is out of range.
+        """
         if step < 0 or not 0 <= index < self.micro_batches:
             raise IndexError(f"no micro-batch (step={step}, index={index}): step >= 0 and 0 <= index < {self.micro_batches}")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = index * self.lane_samples + step_in_epoch * self.micro_batch_size
-        return self._line(epoch, first, first + self.micro_batch_size)
+        at = index * self.lane_samples + step_in_epoch * self.micro_batch_size
+        end = at + self.micro_batch_size
+        order, ends = self._shard_order(epoch)
+        number = bisect_right(ends, at)
+        places: list[tuple[int, int]] = []
+        while at < end:
+            shard, shard_end = order[number], ends[number]
+            start = shard_end - self.samples_per_shard[shard]
+            taken = self._sample_order(epoch, shard)[at - start : min(end, shard_end) - start]
+            places += [(shard, position) for position in taken]
+            at, number = at + len(taken), number + 1
+        return places
 
     def replacement(self, step: int, index: int, position: int, *, attempt: int) -> tuple[int, int]:
         """Shard and position of the sample that stands in for a bad one at (step, index, position in the micro-batch).
@@ -96,53 +119,36 @@ class Plan:
         attempt: from 0, counts replacements that were bad themselves. The same on every rank and every resume.
         """
         drawn = int(random_bits(1, self.seed, "replacement", step, index, position, attempt)[0] % self.samples)
-        shard = int(np.searchsorted(self._ends, drawn, side="right"))
-        return shard, drawn - int(self._ends[shard]) + self.samples_per_shard[shard]
+        shard = bisect_right(self._ends, drawn)
+        return shard, drawn - self._ends[shard] + self.samples_per_shard[shard]
 
     def lane_shards(self, epoch: int, index: int) -> tuple[int, ...]:
         """Shards that lane `index` reads in this epoch, in the order it reads them."""
         order, ends = self._shard_order(epoch)
         first = index * self.lane_samples
-        low, high = np.searchsorted(ends, (first, first + self.lane_samples - 1), side="right")
-        return tuple(int(shard) for shard in order[low : high + 1])
-
-    def _line(self, epoch: int, first: int, end: int) -> SampleRefs:
-        """Samples first .. end-1 of an epoch's line."""
-        order, ends = self._shard_order(epoch)
-        at = int(np.searchsorted(ends, first, side="right"))
-        shards: list[np.ndarray] = []
-        positions: list[np.ndarray] = []
-        while first < end:
-            shard, shard_end = int(order[at]), int(ends[at])
-            start = shard_end - self.samples_per_shard[shard]
-            taken = self._sample_order(epoch, shard)[first - start : min(end, shard_end) - start]
-            shards.append(np.full(len(taken), shard, dtype=np.int64))
-            positions.append(taken)
-            first, at = first + len(taken), at + 1
-        if len(shards) == 1:
-            return SampleRefs(shards[0], positions[0])
-        return SampleRefs(np.concatenate(shards), np.concatenate(positions))
+        return tuple(order[bisect_right(ends, first) : bisect_right(ends, first + self.lane_samples - 1) + 1])
 
     @cached_property
-    def _ends(self) -> np.ndarray:
+    def _ends(self) -> list[int]:
         """Where each shard ends when they are laid end to end in their own order."""
-        return np.cumsum(np.asarray(self.samples_per_shard, dtype=np.int64))
+        return list(accumulate(self.samples_per_shard))
 
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shard_order(self, epoch: int) -> tuple[list[int], list[int]]:
         """Shards in this epoch's order, and where on the epoch's line each ends."""
 
-        def make() -> tuple[np.ndarray, np.ndarray]:
-            order = permutation(len(self.samples_per_shard), self.seed, "shards", epoch)
-            return order, np.cumsum(np.asarray(self.samples_per_shard, dtype=np.int64)[order])
+        def make() -> tuple[list[int], list[int]]:
+            order = permutation(len(self.samples_per_shard), self.seed, "shards", epoch).tolist()
+            return order, list(accumulate(self.samples_per_shard[shard] for shard in order))
 
         return _kept(self._shard_orders, epoch, EPOCHS_KEPT, make)
 
-    def _sample_order(self, epoch: int, shard: int) -> np.ndarray:
+    def _sample_order(self, epoch: int, shard: int) -> array[int]:
         """Positions of one shard's samples in this epoch's order."""
-        samples = self.samples_per_shard[shard]
-        return _kept(
-            self._sample_orders, (epoch, shard), SAMPLE_ORDERS_KEPT, lambda: permutation(samples, self.seed, "samples", epoch, shard)
-        )
+
+        def make() -> array[int]:
+            return array("q", permutation(self.samples_per_shard[shard], self.seed, "samples", epoch, shard).tobytes())
+
+        return _kept(self._sample_orders, (epoch, shard), SAMPLE_ORDERS_KEPT, make)
 
 
 def _kept(cache: MutableMapping[K, V], key: K, limit: int, make: Callable[[], V]) -> V:
