@@ -154,8 +154,10 @@ def _facts(directory: Path) -> tuple[tuple[str, str], ...]:
             ),
             ("Precision and seed", f"{recipe.engine.precision}, seed {recipe.seed}"),
         ]
-    if (directory / "environment.json").exists():
-        environment = read_json_object(directory / "environment.json")
+    # a chain's stages share the chain's surroundings
+    environments = [place / "environment.json" for place in (directory, directory.parent) if (place / "environment.json").exists()]
+    if environments:
+        environment = read_json_object(environments[0])
         packages = environment.get("packages")
         versions = ", ".join(f"{name} {number}" for name, number in packages.items()) if isinstance(packages, Mapping) else ""
         facts += [

@@ -191,7 +191,7 @@ def _curves(subjects: Sequence[Subject]) -> str:
             for subject, stage in shown
         ]
         last = ", ".join(number_text(stage.losses[-1]) for _, stage in shown)
-        plot = loss_plot(series, title=title, wide=len(titles) == 1)
+        plot = loss_plot(series, title=title) + (loss_plot(series, title=title, wide=True) if len(titles) == 1 else "")
         plots.append(f'<figure class="card">{plot}<figcaption><b>{escape(title)}</b> · last loss {last}</figcaption></figure>')
     legend = ""
     if len(subjects) > 1:

@@ -41,7 +41,7 @@ def smoothed(values: Sequence[float]) -> tuple[float, ...]:
 def loss_plot(series: Sequence[Series], *, title: str, wide: bool = False) -> str:
     """Losses over optimizer steps on a logarithmic axis: each raw line pale, its moving average on top.
 
-    wide: for a plot that has the page's width to itself."""
+    wide: for a plot that has the page's width to itself; its style is shown on wide screens only."""
     width, height = (760, 260) if wide else (360, 200)
     visible = [value for each in series for value in each.ys if _is_drawable(value)]
     if not visible:
@@ -58,7 +58,7 @@ def loss_plot(series: Sequence[Series], *, title: str, wide: bool = False) -> st
         lines.append(f'<path class="raw" style="stroke:var({each.colour})" d="{frame.path(each.xs, each.ys)}"/>')
         lines.append(f'<path class="line" style="stroke:var({each.colour})" d="{frame.path(each.xs, line)}"/>')
     body = frame.grid_y() + frame.ticks_x(_round_ticks(most)) + "".join(lines)
-    return _svg(width, height, f"{title}: loss over optimizer steps, logarithmic", body)
+    return _svg(width, height, f"{title}: loss over optimizer steps, logarithmic", body, style="plot wide" if wide else "plot")
 
 
 def distance_plot(series: Sequence[Series], *, title: str) -> str:
@@ -181,5 +181,5 @@ def _round_ticks(most: float) -> list[float]:
     return [number * step for number in range(int(most / step + 1e-9) + 1)]
 
 
-def _svg(width: int, height: int, label: str, body: str) -> str:
-    return f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">{body}</svg>'
+def _svg(width: int, height: int, label: str, body: str, *, style: str = "plot") -> str:
+    return f'<svg class="{style}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">{body}</svg>'

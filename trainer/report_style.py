@@ -44,7 +44,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospac
 .who { display: none }
 
 .scroll { overflow-x: auto; margin: 14px 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: .92rem }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; width: 100%; font-size: .92rem }
 th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule) }
 thead th {
   font-weight: 600; font-size: .8rem; color: var(--soft); line-height: 1.25; white-space: normal; min-width: 4.6em;
@@ -61,6 +61,7 @@ tbody tr:last-child td { border-bottom: 0 }
 .two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 26px; align-items: center; margin-top: 14px }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 14px; margin-top: 14px }
 .plot_alone { margin-top: 14px }
+.plot_alone svg.plot:not(.wide) { display: none }
 .plots .card { padding: 14px 14px 10px }
 .two + p { margin-top: 1em }
 figure { margin: 0 }
@@ -92,6 +93,8 @@ footer { margin-top: 56px; padding-top: 16px; border-top: 1px solid var(--rule);
 
 @media (max-width: 760px) {
   main { padding: 24px 16px 48px }
+  .plot_alone svg.plot.wide { display: none }
+  .plot_alone svg.plot:not(.wide) { display: block }
   .two, dl { grid-template-columns: minmax(0, 1fr) }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)) }
   .tile b { font-size: 1.35rem }
