@@ -12,12 +12,13 @@ import torch
 
 
 def print_ratio(name: str, ratios: Sequence[float], *, against: str, **figures: float) -> None:
-    """Print one JSON line; a ratio above 1 says that ours is faster. low, high: the smallest and largest ratio of a repeat."""
+    """Print one JSON line; a ratio above 1 says that ours is faster. low, high: the repeats' 10th and 90th percentile."""
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios
     line = {
         "name": name,
         "ratio": round(statistics.median(ratios), 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
+        "low": round(tenths[0], 3),
+        "high": round(tenths[-1], 3),
         "repeats": len(ratios),
         "against": against,
         "machine": machine(),

@@ -1,24 +1,18 @@
-"""Images a second of our reader against stock webdataset and against decoding alone; one JSON object a line.
-
-ratio: median over interleaved repeats of ours / theirs; low, high: its 10th and 90th percentile.
-"""
+"""Images a second of our reader against stock webdataset and against decoding alone; one JSON object a line."""
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
 import webdataset
 from webdataset.compat import WebDataset
 
+from benchmarks.measure import print_ratio
 from data_shards.decode import images_tensor
 from data_shards.faces import FacesSource
 from data_shards.images import image_pixels
@@ -44,23 +38,22 @@ def main() -> None:
     images, repeats = (1024, 21) if options.quick else (6016, 61)
     with tempfile.TemporaryDirectory() as folder:
         index = pack(FacesSource("open-peeps", images), folder, size=options.size)
-        for line in compare(index, repeats=options.repeats or repeats):
-            os.write(1, f"{json.dumps(line)}\n".encode())
+        compare(index, repeats=options.repeats or repeats)
 
 
-def compare(index: ShardIndex, *, repeats: int) -> list[dict[str, object]]:
-    """A result for each of the two things we are measured against."""
+def compare(index: ShardIndex, *, repeats: int) -> None:
+    """Print a line for each of the two things we are measured against."""
     readers = {"ours": our_batches(index), "webdataset": webdataset_batches(index), "decoding": decoded_batches(index)}
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
-    for repeat in range(repeats + 1):
-        taken = one_repeat(readers, first=repeat)
-        if repeat > 0:  # the first one warms caches
-            for name, value in taken.items():
-                seconds[name].append(value)
-    return [
-        result("reader_against_webdataset", seconds["webdataset"], seconds["ours"], against=f"webdataset {webdataset.__version__}"),
-        result("reader_against_decoding", seconds["decoding"], seconds["ours"], against="the same decoder on bytes in memory"),
-    ]
+    taken = [one_repeat(readers, first=repeat) for repeat in range(repeats + 1)][1:]  # the first one warms caches
+    baselines = {"webdataset": f"webdataset {webdataset.__version__}", "decoding": "the same decoder on bytes in memory"}
+    for name, against in baselines.items():
+        ratios = [seconds[name] / seconds["ours"] for seconds in taken]
+        ours, theirs = (1 / statistics.median(seconds[reader] for seconds in taken) for reader in ("ours", name))
+        speeds = {"images_per_second": ours, "images_per_second_against": theirs}
+            f"images_per_second{suffix}": 1 / statistics.median(seconds[reader] for seconds in taken)
+            for suffix, reader in (("", "ours"), ("_against", name))
+        }
+        print_ratio(f"reader_against_{name}", ratios, against=against, **speeds)
 
 
 def one_repeat(readers: Mapping[str, Iterator[torch.Tensor]], *, first: int) -> dict[str, float]:
@@ -75,32 +68,6 @@ def one_repeat(readers: Mapping[str, Iterator[torch.Tensor]], *, first: int) -> 
                 next(reader)
             seconds[name] += time.perf_counter() - start
     return {name: value / (TURNS * BATCHES_A_TURN * MICRO_BATCH_SIZE) for name, value in seconds.items()}
-
-
-def result(name: str, theirs: Sequence[float], ours: Sequence[float], *, against: str) -> dict[str, object]:
-    """One line: ratios above 1 say that ours is faster."""
-    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
-    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
-    return {
-        "name": name,
-        "ratio": round(statistics.median(ratios), 3),
-        "low": round(tenths[0], 3),
-        "high": round(tenths[-1], 3),
-        "repeats": len(ratios),
-        "against": against,
-        "machine": machine(),
-        "images_per_second": round(1 / statistics.median(ours)),
-        "images_per_second_against": round(1 / statistics.median(theirs)),
-    }
-
-
-def machine() -> str:
-    """Processor, cores, Python and torch."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.machine()
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def our_batches(index: ShardIndex) -> Iterator[torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _PLAIN_LINE_SECONDS = 5.0
+_WORTH_A_LINE_SECONDS = 0.5
 
 
 @contextmanager
@@ -29,7 +30,8 @@ def _plain(title: str) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _PLAIN_LINE_SECONDS or done == total:
+        ends = done == total and now - started >= _WORTH_A_LINE_SECONDS
+        if now - last >= _PLAIN_LINE_SECONDS or ends:
             last = now
             sys.stderr.write(f"{title}: {done}/{total}, {done / max(1e-9, now - started):.0f} a second\n")
 
