@@ -50,9 +50,6 @@ def compare(index: ShardIndex, *, repeats: int) -> None:
         ratios = [seconds[name] / seconds["ours"] for seconds in taken]
         ours, theirs = (1 / statistics.median(seconds[reader] for seconds in taken) for reader in ("ours", name))
         speeds = {"images_per_second": ours, "images_per_second_against": theirs}
-            f"images_per_second{suffix}": 1 / statistics.median(seconds[reader] for seconds in taken)
-            for suffix, reader in (("", "ours"), ("_against", name))
-        }
         print_ratio(f"reader_against_{name}", ratios, against=against, **speeds)
 
 
