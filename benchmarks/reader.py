@@ -10,9 +10,9 @@ from typing import cast
 
 import torch
 import webdataset
+from measure import print_ratio
 from webdataset.compat import WebDataset
 
-from benchmarks.measure import print_ratio
 from data_shards.decode import images_tensor
 from data_shards.faces import FacesSource
 from data_shards.images import image_pixels

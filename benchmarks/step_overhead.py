@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import print_ratio
+from measure import print_ratio
+
 from launch.rank_env import rank_environment
 from launch.start import pack_faces
 from trainer.config import FacesConfig
