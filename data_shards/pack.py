@@ -23,6 +23,7 @@ from data_shards.config import (
     INDEX_NAME,
     ImageFormat,
 )
+from data_shards.files import fsync_directory, replace_file
 from data_shards.images import encode_image
 from data_shards.index import Members, Shard, ShardIndex, ShardIndexError, canonical_sha256, index_text, parse_shard
 from data_shards.keyed import permutation
@@ -74,7 +75,7 @@ def pack(
         order = permutation(source.count, seed, "pack").tolist()
         shards = _pack_shards(source, out, order, samples_per_shard, size, image_format, workers, report)
         text = index_text(image_size=size, licence=source.licence(), source=source.describe(), pack=how, shards=shards)
-        _write_durably(out / INDEX_NAME, text.encode())
+        replace_file(out / INDEX_NAME, text.encode())
     _remove_partial(out)
     return ShardIndex.load(out)
 
@@ -198,7 +199,7 @@ def _start(out: Path, wanted: dict[str, object]) -> None:
         strangers = sorted(path.name for path in out.iterdir() if path.name != PARTIAL_NAME)
         if strangers:
             raise ValueError(f"{out} is not empty (it holds {strangers[0]}); give another --out")
-        _write_durably(note, json.dumps(wanted, sort_keys=True, indent=1).encode())
+        replace_file(note, json.dumps(wanted, sort_keys=True, indent=1).encode())
     for left in (*out.glob("*.tmp"), *(out / PARTIAL_NAME).glob("*.tmp")):
         left.unlink()
 
@@ -226,27 +227,9 @@ def _commit_shard(out: Path, number: int, samples: Sequence[PackedSample]) -> Sh
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_folder(out)
-    _write_durably(out / PARTIAL_NAME / f"{path.name}.json", json.dumps(shard.to_json()).encode())
+    fsync_directory(out)
+    replace_file(out / PARTIAL_NAME / f"{path.name}.json", json.dumps(shard.to_json()).encode())
     return shard
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+from data_shards.files import json_text, replace_file
 from launch.run_dir import freeze
 from trainer.config import (
     DistillConfig,
@@ -16,7 +17,6 @@ from trainer.config import (
     student_counts,
 )
 from trainer.config_io import load_recipe
-from trainer.files import json_text, replace_file
 from trainer.stages import stage_name
 
 _Number = TypeVar("_Number", int, float)

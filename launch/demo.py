@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_shards.files import json_text, replace_file
 from launch.cluster import load_cluster
 from launch.local import DONE, Job, run_job
 from launch.start import pack_faces, start_distill
 from trainer.config import student_counts
 from trainer.config_io import load_recipe, recipe_path
-from trainer.files import json_text, replace_file
 
 _INTRODUCTION = """halfstep demo, in {out} on {ranks} local ranks:
   1. shards    draw and pack {faces} cartoon faces                        half a minute

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from data_shards.files import json_text, read_json_object, replace_file
 from launch.cluster import ClusterConfig
 from launch.rank_env import rank_environment
-from trainer.files import json_text, read_json_object, replace_file
 
 DONE, BAD_INPUT, CRASH, PEER_LOST = 0, 64, 1, 70
 _EXIT_CODES = {DONE, 64, 65, 66, 70, 74, 75}

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from data_shards.files import json_text, read_json_object, replace_file
 from data_shards.index import ShardIndex
 from launch.cluster import ClusterConfig
 from trainer.config import RunConfig, identity
 from trainer.config_io import dump_yaml
-from trainer.files import json_text, read_json_object, replace_file
 
 _PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow")
 _OPTIONAL_PACKAGES = ("xformers", "deepspeed", "ray", "submitit")

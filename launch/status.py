@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_shards.files import json_text, read_json_object
 from trainer.chain import read_chain
 from trainer.config_io import load_recipe
-from trainer.files import json_text, read_json_object
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from trainer.files import json_text, replace_file
+from data_shards.files import json_text, replace_file
 
 _JOBS = {
     "train": "trainer.train:train_job",

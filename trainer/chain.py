@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from trainer.files import read_json_object
+from data_shards.files import read_json_object
 
 SCHEMA_VERSION = 1
 

@@ -14,7 +14,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from trainer.files import content_record, fsync_directory, json_text, read_json_object, write_durable
+from data_shards.files import content_record, fsync_directory, json_text, read_json_object, write_durable
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import final
 
-from trainer.files import json_text, replace_file
+from data_shards.files import json_text, replace_file
 
 
 @final

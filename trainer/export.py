@@ -15,12 +15,12 @@ from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from data_shards.files import content_record, fsync_directory, json_text, read_json_object, write_durable
 from trainer import dist
 from trainer.config import Prediction
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import respaced_betas
-from trainer.files import content_record, fsync_directory, json_text, read_json_object, write_durable
 from trainer.model_card import model_card
 from trainer.options import Options, optional_integer, optional_text
 from trainer.sample import draw_images, grid_image, png

@@ -14,7 +14,7 @@ from typing import final
 import numpy as np
 from PIL import Image
 
-from trainer.files import cut_lines, replace_file
+from data_shards.files import cut_lines, replace_file
 from trainer.sample import png
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_shards.faces import FacesSource
+from data_shards.files import fsync_directory, json_text, read_json_object, replace_file, write_durable
 from data_shards.index import ShardIndex
 from data_shards.pack import pack
 from data_shards.read import read_all
@@ -31,7 +32,6 @@ from trainer.feature_net import (
     features_of,
     train_feature_net,
 )
-from trainer.files import fsync_directory, json_text, read_json_object, replace_file, write_durable
 from trainer.frechet import mean_and_covariance
 from trainer.hash import tensors_sha256
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from data_shards.files import read_json_object, replace_file
 from trainer import dist
 from trainer.chain import read_chain
 from trainer.config import DenoisingConfig, ProgressiveDistillationConfig
 from trainer.config_io import load_recipe
 from trainer.evaluation import read_rows
-from trainer.files import read_json_object, replace_file
 from trainer.model_card import find_data
 from trainer.options import Options, optional_text
 from trainer.pictures import PictureRow, has_model, load_models, overview_picture, picture_row

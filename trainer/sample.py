@@ -14,11 +14,11 @@ from jaxtyping import Float, Float64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from data_shards.files import replace_file
 from trainer import dist, stages
 from trainer.config_sections import Sampler
 from trainer.descriptor import Descriptor
 from trainer.diffusion.sampler import draw_noise, sample, sampling_grid
-from trainer.files import replace_file
 from trainer.models.tiny_unet import Denoiser
 from trainer.options import Options, integer, optional_integer, optional_text
 from trainer.source import Source, denoiser_on, load_source

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
+from data_shards.files import content_record, read_json_object
 from trainer.chain import read_chain
 from trainer.checkpoint import newest_checkpoint, read_tensors
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
-from trainer.files import content_record, read_json_object
 from trainer.hash import tensors_sha256
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_shards.files import content_record
 from trainer.checkpoint import newest_checkpoint, read_tensors
 from trainer.descriptor import Descriptor
 from trainer.export import write_export
-from trainer.files import content_record
 from trainer.source import TIME_TABLE, WEIGHTS_FILE, load_source
 from trainer.stages import grid
 
