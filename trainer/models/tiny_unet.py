@@ -33,12 +33,18 @@ def build_tiny_unet(model: TinyUNetConfig, image_size: int, *, image_channels: i
         block_out_channels=tuple(model.channels),
         down_block_types=down,
         up_block_types=up,
-        attention_head_dim=model.head_width,
+        attention_head_dim=head_width(model),
         norm_num_groups=model.norm_groups,
         dropout=model.dropout,
         act_fn="silu",
         add_attention=any(model.attention),
     )
+
+
+def head_width(model: TinyUNetConfig) -> int:
+    """Channels a head: the widest attended level's, divided among `attention_heads`; narrower levels have fewer heads."""
+    attended = [width for width, attends in zip(model.channels, model.attention, strict=True) if attends]
+    return max(attended, default=model.channels[-1]) // model.attention_heads
 
 
 def denoiser(model: nn.Module) -> Denoiser:
