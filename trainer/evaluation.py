@@ -42,6 +42,8 @@ class EvaluationRow:
     """Network calls an image."""
     sampler: str
     """ddim or ancestral."""
+    precision: str
+    """Of activations while drawing, fp32 or bf16: what the model was trained in (engine.precision of its recipe)."""
     frechet_distance: float | None
     """To the reference, in the feature net's units (unit variance a feature); None above 32 steps."""
     kid: float | None

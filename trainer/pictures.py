@@ -125,7 +125,8 @@ def picture_row(entry: Entry, home: Path) -> PictureRow:
 
     Raises: PeerLost. Collective."""
     path = home / _FOLDER / f"{entry.model}_{entry.steps:04d}_steps_{entry.source.weights_sha256[:8]}.png"
-    facts = {"weights_sha256": entry.source.weights_sha256, "sampler": entry.sampler, "seed": PICTURES_SEED}
+    precision = entry.source.recipe.engine.precision
+    facts = {"weights_sha256": entry.source.weights_sha256, "sampler": entry.sampler, "precision": precision, "seed": PICTURES_SEED}
     row = _read(path, entry, facts)
     if dist.any_rank(row is None):
         row = _draw(entry)
@@ -159,7 +160,7 @@ def overview_picture(pictures: Sequence[PictureRow]) -> Image.Image:
 
 def predictor(entry: Entry) -> Denoiser:
     """An entry's network on this rank's device, as a plain function."""
-    return denoiser_on(entry.source.model, dist.device())
+    return denoiser_on(entry.source.model, dist.device(), precision=entry.source.recipe.engine.precision)
 
 
 def warm_up(entry: Entry) -> None:

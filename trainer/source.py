@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -63,9 +63,17 @@ def load_source(path: Path, steps: int | None = None) -> Source:
     raise ValueError(f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json) nor an export (model_index.json); give one of these")
 
 
-def denoiser_on(model: nn.Module, device: torch.device) -> Denoiser:
-    """A network as a plain function on `device`, to which it is moved."""
-    return denoiser(model.to(device))
+def denoiser_on(model: nn.Module, device: torch.device, *, precision: Literal["fp32", "bf16"] = "fp32") -> Denoiser:
+    """A network as a plain function on `device`, to which it is moved; precision: of its activations, the output is fp32."""
+    predict = denoiser(model.to(device))
+    if precision == "fp32":
+        return predict
+
+    def predict_in_bf16(x_t: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return predict(x_t, timestep).float()
+
+    return predict_in_bf16
 
 
 def time_table(model: UNet2DModel, timesteps: Sequence[int]) -> Float[Tensor, "n c"]:

@@ -12,6 +12,7 @@ ROW = EvaluationRow(
     model="student",
     steps=8,
     sampler="ddim",
+    precision="fp32",
     frechet_distance=2.5,
     kid=-0.001,
     seconds_per_image=0.01,
