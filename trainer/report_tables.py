@@ -156,7 +156,7 @@ def _yardstick_text(row: EvaluationRow) -> str:
     """What the distances of a row were measured with."""
     folder, _, sha256 = row.reference.partition("@")
     return (
-        f"{row.images:,} images a row from seed {row.seed}, against the images of <code>{escape(folder)}</code> "
+        f"{row.images:,} images a row from seed {row.seed}, drawn in {row.precision}, against the images of <code>{escape(folder)}</code> "
         f"(<code>{escape(sha256[:19])}</code>). Feature net <code>{escape(row.feature_net)}</code>, which names "
         f"{100 * row.feature_net_accuracy:.0f} % of held-out attributes."
     )
