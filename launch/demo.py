@@ -10,7 +10,7 @@ from pathlib import Path
 from data_shards.files import json_text, replace_file
 from launch.cluster import load_cluster
 from launch.local import DONE, Job, run_job
-from launch.start import pack_faces, start_distill
+from launch.start import check_ranks, pack_faces, start_distill
 from trainer.config import student_counts
 from trainer.config_io import load_recipe, recipe_path
 
@@ -56,6 +56,7 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
     held_out: faces that were not trained on, which the samples are measured against. images: samples a step count."""
     config = load_recipe(recipe_path(recipe), [])
     assert config.distill is not None and config.data.faces is not None, "the demo's recipe packs faces and halves"
+    check_ranks(config, ranks)
     faces, students = config.data.faces, student_counts(config.distill)
     updates = config.distill.updates
     sys.stderr.write(

@@ -59,13 +59,20 @@ def _prepare(
     config = load_recipe(recipe_path(recipe), own)
     machines = load_cluster(cluster, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")])
     count = ranks or machines.ranks_per_node
-    for batch in {config.data.global_batch_size, (config.distill and config.distill.global_batch_size) or config.data.global_batch_size}:
-        if batch // config.data.micro_batch_size % count:
-            raise ValueError(
-                f"{count} ranks cannot divide {batch // config.data.micro_batch_size} micro-batches (global batch {batch} / "
-                f"data.micro_batch_size={config.data.micro_batch_size}); give --ranks or data.micro_batch_size so that they do"
-            )
+    check_ranks(config, count)
     return config, machines, run_dir or Path("runs") / recipe_path(recipe).stem, count
+
+
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Raises: ValueError if so many ranks cannot divide the micro-batches of a step."""
+    batches = {config.data.global_batch_size, (config.distill and config.distill.global_batch_size) or config.data.global_batch_size}
+    for batch in batches:
+        count = batch // config.data.micro_batch_size
+        if count % ranks:
+            raise ValueError(
+                f"{ranks} ranks cannot divide {count} micro-batches (global batch {batch} / data.micro_batch_size="
+                f"{config.data.micro_batch_size}); give --ranks a divisor of {count}, or change data.micro_batch_size"
+            )
 
 
 def _shards(config: RunConfig, run_dir: Path) -> Path:

@@ -30,8 +30,8 @@ from trainer.stages import halving_counts
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-MAX_CARD_STEPS = 64
-CARD_IMAGES = 16
+MAX_CARD_STEPS = 32
+CARD_IMAGES = 8
 _PREDICTION_TYPES: dict[Prediction, Literal["epsilon", "sample", "v_prediction"]] = {"v": "v_prediction", "eps": "epsilon", "x_0": "sample"}
 
 

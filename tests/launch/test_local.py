@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import ClusterConfig
+from launch.demo import run_demo
 from launch.local import Job, run_job
 
 
@@ -29,3 +30,9 @@ def test_two_launchers_never_share_a_run(tmp_path: Path) -> None:
             run_job(Job("train", tmp_path, {}), ClusterConfig(), ranks=1, run_dir=tmp_path)
     finally:
         os.close(descriptor)
+
+
+def test_ranks_that_cannot_divide_a_step_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 ranks cannot divide 2 micro-batches"):
+        run_demo(tmp_path / "demo", ranks=3)
+    assert not (tmp_path / "demo").exists()
