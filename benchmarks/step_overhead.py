@@ -64,15 +64,19 @@ def _bare(folder: Path, recipe: str, *, ranks: int, steps: int) -> float:
         port = free.getsockname()[1]
     command = [sys.executable, __file__, "--bare", str(folder / "seconds"), "--steps", str(steps), "--recipe", recipe]
     inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks_running = [
-        subprocess.Popen(
-            command,
-            env=rank_environment(
-                inherited, rank=rank, local_rank=rank, world_size=ranks, master_address="127.0.0.1", master_port=port, threads=1
-            ),
+    ranks_running = []
+    for rank in range(ranks):
+        environment = rank_environment(
+            inherited,
+            rank=rank,
+            local_rank=rank,
+            local_world_size=ranks,
+            world_size=ranks,
+            master_address="127.0.0.1",
+            master_port=port,
+            threads=1,
         )
-        for rank in range(ranks)
-    ]
+        ranks_running.append(subprocess.Popen(command, env=environment))
     if any(process.wait() for process in ranks_running):
         raise RuntimeError("a rank of the bare loop failed")
     return float((folder / "seconds").read_text())

@@ -1,6 +1,7 @@
 """Reads micro-batches straight from the tars: a map-style dataset keyed by (step, index), so a loader keeps no state."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -203,6 +204,15 @@ class MicroBatches(Dataset[MicroBatch]):
                 return  # reading its first sample names it, under the policy
 
 
+def _leave_to_the_rank(_: int) -> None:
+    """In a worker: signals are for the rank to answer, and a run's lock for the rank to hold."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    descriptor = os.environ.pop("HALFSTEP_LOCK_FD", None)
+    if descriptor is not None:
+        os.close(int(descriptor))
+
+
 def loader(
     batches: MicroBatches, *, start_step: int, stop_step: int, indices: range, workers: int = 0, pin: bool = False
 ) -> Iterator[MicroBatch]:
@@ -224,6 +234,7 @@ def loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4,
+        worker_init_fn=_leave_to_the_rank,
         generator=torch.Generator(),  # else a DataLoader draws its base seed from the global one
     )
     for delivered in ahead:

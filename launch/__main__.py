@@ -297,7 +297,10 @@ def _run(kind: str, path: Path, options: dict[str, object], *, ranks: int | None
     from launch.local import Job, run_job
 
     cluster = load_cluster("local", [])
-    return run_job(Job(kind, path, options), cluster, ranks=ranks or cluster.ranks_per_node)
+    count = ranks or cluster.ranks_per_node
+    # Unlike a run's, these ranks own the whole machine for a short time.
+    cluster = cluster.model_copy(update={"threads_per_rank": max(1, (os.cpu_count() or 1) // count)})
+    return run_job(Job(kind, path, options), cluster, ranks=count)
 
 
 def _existing(directory: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from data_shards.files import json_text, replace_file
 from launch.run_dir import freeze
 from trainer.config import (
+    DenoisingConfig,
     DistillConfig,
     EmaConfig,
     ProgressiveDistillationConfig,
@@ -26,14 +27,20 @@ def with_teacher(config: RunConfig, teacher: Path) -> RunConfig:
     """The recipe with the sections that a trained teacher decides: model, noise schedule and prediction.
 
     Raises: ValueError if the recipe sets one of them and the teacher was trained with another."""
+    if not (teacher / "recipe.yaml").exists() or (teacher / "chain.json").exists():
+        raise ValueError(f"distill.teacher={teacher}: wanted the folder of one run or export, such as a chain's stage_00_1000_steps")
     recipe = load_recipe(teacher / "recipe.yaml", ())
+    if not isinstance(recipe.objective, DenoisingConfig):
+        raise ValueError(f"distill.teacher={teacher}: is a student already; give the teacher that its chain began with")
     for section in ("model", "noise_schedule"):
         if section in config.model_fields_set and getattr(config, section) != getattr(recipe, section):
             raise ValueError(
                 f"{section} is {getattr(config, section)}, but the teacher {teacher} was trained with {getattr(recipe, section)}; "
                 f"leave {section} out of the recipe to take the teacher's"
             )
-    return config.model_copy(update={"model": recipe.model, "noise_schedule": recipe.noise_schedule, "objective": recipe.objective})
+    merged = config.model_copy(update={"model": recipe.model, "noise_schedule": recipe.noise_schedule, "objective": recipe.objective})
+    merged.check()
+    return merged
 
 
 def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path) -> None:
@@ -97,7 +104,7 @@ def stage_seed(seed: int, number: int) -> int:
 
 def _stage_config(config: RunConfig, run_dir: Path, shards: Path) -> RunConfig:
     """The recipe as a stage's folder freezes it: no chain in it, its shards as seen from there."""
-    inside = shards.is_relative_to(run_dir.parent)
+    inside = shards.is_relative_to(os.path.abspath(run_dir.parent))
     seen = os.path.relpath(shards, run_dir) if inside else str(shards)
     return config.model_copy(update={"distill": None, "data": config.data.model_copy(update={"shards": seen, "faces": None})})
 

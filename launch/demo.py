@@ -57,6 +57,7 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
     config = load_recipe(recipe_path(recipe), [])
     assert config.distill is not None and config.data.faces is not None, "the demo's recipe packs faces and halves"
     check_ranks(config, ranks)
+    check_ranks(config, ranks, batch=config.distill.global_batch_size)
     faces, students = config.data.faces, student_counts(config.distill)
     updates = config.distill.updates
     sys.stderr.write(
@@ -97,7 +98,8 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
         code = run_job(Job("report", out, {"out": str(out / "report.html")}), machines, ranks=ranks)
     if code != DONE:
         return code
-    replace_file(out / "timings.json", json_text(clock.seconds))
+    if not (out / "timings.json").exists():  # a demo given again has little left to do
+        replace_file(out / "timings.json", json_text(clock.seconds))
     total = sum(clock.seconds.values())
     parts = "; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items())
     sys.stderr.write(_CLOSING.format(total=f"{total / 60:.1f} minutes", parts=f" ({parts})", out=out))

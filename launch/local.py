@@ -1,6 +1,5 @@
 """Ranks on this machine: start them, watch them, end them together."""
 
-import fcntl
 import json
 import os
 import select
@@ -18,8 +17,9 @@ from data_shards.files import json_text, read_json_object, replace_file
 from launch.cluster import ClusterConfig
 from launch.rank_env import rank_environment
 
-DONE, BAD_INPUT, CRASH, PEER_LOST = 0, 64, 1, 70
-_EXIT_CODES = {DONE, 64, 65, 66, 70, 74, 75}
+DONE, CRASH, PEER_LOST, CALL_AGAIN, INTERRUPTED = 0, 1, 70, 75, 130
+_EXIT_CODES = {DONE, 64, 65, 66, PEER_LOST, 74, CALL_AGAIN, INTERRUPTED}
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_SECONDS = 10.0
 
 
@@ -32,44 +32,28 @@ class Job:
     options: dict[str, object]
 
 
-def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | None = None) -> int:
-    """Run a job on `ranks` processes of this machine and return the exit code of the rank that failed first, 0 if none did.
+def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | None = None, lock: int | None = None) -> int:
+    """Run a job on `ranks` processes of this machine and return its exit code: that of the rank at fault, 0 if all are done.
 
-    run_dir: where logs and exit.json go and whose lock is held while any rank lives; None for jobs that own no folder.
-    A rank that is killed by a signal counts as lost (70); the others then have ten seconds to leave before they are killed."""
-    lock = _lock(run_dir) if run_dir else None
+    run_dir: where logs and exit.json go; None for jobs that own no folder. lock: descriptor of its lock, for the ranks to inherit.
+    A rank that is killed by a signal counts as lost (70); when one has failed the others have ten seconds to leave."""
     if run_dir:
         job = replace(job, options={**job.options, "previous_end": _take_exit_record(run_dir)})
-    listening = socket.create_server(("127.0.0.1", 0), backlog=max(16, ranks))
-    try:
-        processes = _start(job, cluster, ranks=ranks, run_dir=run_dir, listening=listening, lock=lock)
-    finally:
-        listening.close()
-    with _ForwardedSignals(processes):
+    processes: list[subprocess.Popen[bytes]] = []
+    with _ForwardedSignals(processes) as signals:
+        with socket.create_server(("127.0.0.1", 0), backlog=max(16, ranks)) as listening:
+            _start(processes, job, cluster, ranks=ranks, run_dir=run_dir, listening=listening, lock=lock)
+        signals.repeat()
         codes = _watch(processes)
-    if lock is not None:
-        os.close(lock)
-    first = next((rank for rank, code in codes if code != DONE), None)
-    if first is None:
+    failed = [(rank, code) for rank, code in codes if code != DONE]
+    if not failed:
         return DONE
-    code = dict(codes)[first]
+    # A rank that lost its peers (70) or stopped as asked (75) is not what went wrong, if another one is.
+    rank, code = next(((rank, code) for rank, code in failed if code not in (PEER_LOST, CALL_AGAIN)), failed[0])
     worker_code = code if code in _EXIT_CODES else PEER_LOST if code < 0 else CRASH
     if run_dir:
-        _explain(run_dir, first, code, worker_code)
+        _explain(run_dir, rank, code, worker_code)
     return worker_code
-
-
-def _lock(run_dir: Path) -> int:
-    """A lock that lasts while this process or any rank that inherits it lives.
-
-    Raises: ValueError if another run holds it."""
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"{run_dir}: another process is running this run; wait for it, stop it, or give another --run-dir") from None
-    return descriptor
 
 
 def _take_exit_record(run_dir: Path) -> str | None:
@@ -83,18 +67,28 @@ def _take_exit_record(run_dir: Path) -> str | None:
 
 
 def _start(
-    job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | None, listening: socket.socket, lock: int | None
-) -> list[subprocess.Popen[bytes]]:
+    processes: list[subprocess.Popen[bytes]],
+    job: Job,
+    cluster: ClusterConfig,
+    *,
+    ranks: int,
+    run_dir: Path | None,
+    listening: socket.socket,
+    lock: int | None,
+) -> None:
+    """Start the ranks, adding each to `processes` at once."""
     timeout = str(cluster.collective_timeout_seconds)
     inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HALFSTEP_LAUNCHER": "local", "HALFSTEP_TIMEOUT_SECONDS": timeout}
     command = [sys.executable, "-m", "launch.worker", job.kind, str(job.path), json.dumps(job.options)]
     port = listening.getsockname()[1]
-    processes = []
+    if lock is not None:
+        inherited["HALFSTEP_LOCK_FD"] = str(lock)
     for rank in range(ranks):
         environment = rank_environment(
             inherited,
             rank=rank,
             local_rank=rank,
+            local_world_size=ranks,
             world_size=ranks,
             master_address="127.0.0.1",
             master_port=port,
@@ -105,9 +99,9 @@ def _start(
             passed.append(listening.fileno())
             environment["HALFSTEP_STORE_FD"] = str(listening.fileno())
         output = _log(run_dir, rank)
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        processes.append(subprocess.Popen(command, env=environment, pass_fds=passed, **streams))
-    return processes
+        processes.append(
+            subprocess.Popen(command, env=environment, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        )
 
 
 def _log(run_dir: Path | None, rank: int) -> int | None:
@@ -160,20 +154,30 @@ def _wait_any(waiting: dict[int, int], deadline: float | None) -> tuple[int, int
 
 
 class _ForwardedSignals:
-    """While ranks run, SIGTERM and SIGINT of the launcher are theirs: they commit a checkpoint and end with 75."""
+    """While ranks run, the launcher's signals are theirs: they commit a checkpoint and end with 75."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self.processes = processes
+        self.received: int | None = None
 
-    def __enter__(self) -> None:
-        self.previous = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    def __enter__(self) -> "_ForwardedSignals":
+        self.previous = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    def repeat(self) -> None:
+        """Tell all ranks of a signal that came while they were being started."""
+        if self.received is not None:
+            self._forward(self.received, None)
+
     def _forward(self, number: int, _: FrameType | None) -> None:
-        # Ctrl-C reaches the whole process group by itself; a second SIGINT does the ranks no harm.
+        if self.received is None:
+            sys.stderr.write(f"\n{signal.Signals(number).name}: stopping after this step\n")
+        self.received = number
+        # Ctrl-C reaches the ranks by itself too; a second SIGINT does them no harm.
         for process in self.processes:
             if process.returncode is None:
                 process.send_signal(number)
@@ -186,7 +190,10 @@ def _explain(run_dir: Path, rank: int, code: int, worker_code: int) -> None:
         reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
         replace_file(record, json_text({"code": worker_code, "reason": reason, "rank": rank}))
         sys.stderr.write(f"{reason}; the same command goes on from the newest checkpoint\n")
-    elif rank > 0 and worker_code != 75:
+        return
+    if not record.exists():
+        replace_file(record, json_text({"code": worker_code, "reason": f"rank {rank} ended with exit code {code}", "rank": rank}))
+    if rank > 0 and worker_code != CALL_AGAIN:
         log = run_dir / "logs" / f"rank_{rank}.log"
         tail = log.read_text(errors="replace").splitlines()[-12:]
         sys.stderr.write(f"rank {rank} failed first with exit code {code}; the end of {log}:\n" + "\n".join(tail) + "\n")

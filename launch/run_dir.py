@@ -24,22 +24,27 @@ def freeze(run_dir: Path, config: RunConfig, *, shards: Path, steps_fixed: bool 
 
     shards: the packed shards, whose index hash is part of the identity. Fields outside the identity may change from
     attempt to attempt; the frozen recipe follows them. steps_fixed: train.steps may not grow, whatever the learning rate.
+    Until a checkpoint is committed there is nothing to resume, and the recipe may still change.
     Raises: ValueError listing each difference if this is another run."""
     wanted = {**identity(config), "data.shards sha256": ShardIndex.load(shards).sha256}
     if steps_fixed or not config.steps_may_grow:
         wanted["train.steps"] = config.train.steps
     record = run_dir / "identity.json"
-    if record.exists():
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if record.exists() and _has_checkpoint(run_dir):
         differences = list(_differences(read_json_object(record), wanted))
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
             raise ValueError(
                 f"{run_dir} holds a run of another recipe or other data:\n{lines}\nput these back to resume it, or give another --run-dir"
             )
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(record, json_text(wanted))
+    replace_file(record, json_text(wanted))
     replace_file(run_dir / "recipe.yaml", dump_yaml(config))
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is anything to lose, in the run or in a stage of the chain: before that a recipe may be mended."""
+    return any(path for pattern in ("checkpoints", "*/checkpoints") for path in run_dir.glob(f"{pattern}/step_*/manifest.json"))
 
 
 def write_surroundings(run_dir: Path, cluster: ClusterConfig) -> None:

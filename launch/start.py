@@ -9,8 +9,9 @@ from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, load_cluster
 from launch.local import Job, run_job
 from launch.run_dir import freeze, write_surroundings
+from launch.run_lock import locked
 from launch.shards import pack_source
-from trainer.config import FacesConfig, RunConfig
+from trainer.config import FacesConfig, ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import dump_yaml, load_recipe, recipe_path
 
 
@@ -24,11 +25,15 @@ def start_train(
     config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
     if dry_run:
         return _show(config, folder, count)
-    shards = _shards(config, folder)
-    seen = "shards" if config.data.shards is None else str(shards)
-    freeze(folder, config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})}), shards=shards)
-    write_surroundings(folder, machines)
-    return run_job(Job("train", folder, {}), machines, ranks=count, run_dir=folder)
+    if (folder / "chain.json").exists():
+        raise ValueError(f"{folder}: holds a chain of halvings; go on with `halfstep distill`, or give another --run-dir")
+    with locked(folder) as lock:
+        shards = _shards(config, folder)
+        seen = "shards" if config.data.shards is None else str(shards)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
+        freeze(folder, _with_absolute_teacher(config), shards=shards)
+        write_surroundings(folder, machines)
+        return run_job(Job("train", folder, {}), machines, ranks=count, run_dir=folder, lock=lock)
 
 
 def start_distill(
@@ -45,10 +50,14 @@ def start_distill(
         config = with_teacher(config, Path(distill.teacher))
     if dry_run:
         return _show(config, folder, count)
-    shards = _shards(config, folder)
-    freeze_chain(folder, config, distill, shards=shards)
-    write_surroundings(folder, machines)
-    return run_job(Job("distill", folder, {}), machines, ranks=count, run_dir=folder)
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder}: holds a single run; halve it with distill.teacher={folder} and another --run-dir")
+    check_ranks(config, count, batch=distill.global_batch_size)
+    with locked(folder) as lock:
+        shards = _shards(config, folder)
+        freeze_chain(folder, config, distill, shards=shards)
+        write_surroundings(folder, machines)
+        return run_job(Job("distill", folder, {}), machines, ranks=count, run_dir=folder, lock=lock)
 
 
 def _prepare(
@@ -63,16 +72,23 @@ def _prepare(
     return config, machines, run_dir or Path("runs") / recipe_path(recipe).stem, count
 
 
-def check_ranks(config: RunConfig, ranks: int) -> None:
-    """Raises: ValueError if so many ranks cannot divide the micro-batches of a step."""
-    batches = {config.data.global_batch_size, (config.distill and config.distill.global_batch_size) or config.data.global_batch_size}
-    for batch in batches:
-        count = batch // config.data.micro_batch_size
-        if count % ranks:
-            raise ValueError(
-                f"{ranks} ranks cannot divide {count} micro-batches (global batch {batch} / data.micro_batch_size="
-                f"{config.data.micro_batch_size}); give --ranks a divisor of {count}, or change data.micro_batch_size"
-            )
+def check_ranks(config: RunConfig, ranks: int, *, batch: int | None = None) -> None:
+    """Raises: ValueError if so many ranks cannot divide the micro-batches of a global batch (the recipe's, or `batch`)."""
+    images = batch or config.data.global_batch_size
+    count = images // config.data.micro_batch_size
+    if count % ranks:
+        raise ValueError(
+            f"{ranks} ranks cannot divide {count} micro-batches (global batch {images} / data.micro_batch_size="
+            f"{config.data.micro_batch_size}); give --ranks a divisor of {count}, or change data.micro_batch_size"
+        )
+
+
+def _with_absolute_teacher(config: RunConfig) -> RunConfig:
+    """A teacher's path as the user's directory sees it, for ranks that look from RUN_DIR."""
+    if not isinstance(config.objective, ProgressiveDistillationConfig):
+        return config
+    teacher = os.path.abspath(config.objective.teacher)
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"teacher": teacher})})
 
 
 def _shards(config: RunConfig, run_dir: Path) -> Path:

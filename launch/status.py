@@ -1,14 +1,13 @@
 """Where a run or a chain stands, read from its folder alone."""
 
-import fcntl
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_shards.files import json_text, read_json_object
+from launch.run_lock import is_locked
 from trainer.chain import read_chain
 from trainer.config_io import load_recipe
 
@@ -82,7 +81,7 @@ def _state(run_dir: Path, *, step: int, total: int, last_end: str | None) -> Sta
         return "done"
     if step == 0 and not (run_dir / "attempts.jsonl").exists():
         return "waiting"
-    if _locked(run_dir) or _locked(run_dir.parent):
+    if is_locked(run_dir) or is_locked(run_dir.parent):
         return "running"
     return "stopped" if last_end is None or last_end.startswith("75") else "failed"
 
@@ -90,7 +89,7 @@ def _state(run_dir: Path, *, step: int, total: int, last_end: str | None) -> Sta
 def _overall(path: Path, statuses: list[Status]) -> Status:
     """A chain's own line: the stage it is at, steps added up."""
     current = next((status for status in statuses if status.state != "done"), statuses[-1])
-    state: State = "running" if _locked(path) else current.state
+    state: State = "running" if is_locked(path) else current.state
     return Status(
         run_dir=str(path),
         state=state,
@@ -138,17 +137,3 @@ def _last_line(path: Path) -> dict[str, float] | None:
 
 def _count_lines(path: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-
-def _locked(folder: Path) -> bool:
-    """Whether a process holds the folder's run lock."""
-    if not (folder / ".lock").exists():
-        return False
-    descriptor = os.open(folder / ".lock", os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)

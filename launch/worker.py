@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
+from trainer.stop import StopRequest
 
 _JOBS = {
     "train": "trainer.train:train_job",
@@ -22,14 +23,17 @@ _JOBS = {
     "hash": "trainer.hash:hash_job",
 }
 _RUNS = ("train", "distill")
-CRASH, BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR = 1, 64, 65, 66, 70, 74
+CRASH, BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR, INTERRUPTED = 1, 64, 65, 66, 70, 74, 130
 
 
 def main() -> None:
     """`python -m launch.worker KIND PATH OPTIONS`, with torch's standard variables in the environment."""
     kind, path, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     _init_logging(path if kind in _RUNS else None)
-    code = _run(kind, path, options)
+    try:
+        code = _run(kind, path, options)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -38,11 +42,14 @@ def main() -> None:
 
 
 def _run(kind: str, path: Path, options: dict[str, object]) -> int:
+    stop = StopRequest()
+    if kind in _RUNS:
+        stop.install()  # before the seconds that importing torch takes
     from trainer import dist
 
     try:
         dist.init_process_group(timeout_seconds=float(os.environ.get("HALFSTEP_TIMEOUT_SECONDS", "300")))
-        code = _job(kind)(path, options)
+        code = _job(kind)(path, options, stop) if kind in _RUNS else _job(kind)(path, options)
         if kind in _RUNS and dist.is_rank_0():
             reason = "done" if code == 0 else "asked to stop; the same command goes on from the checkpoint"
             replace_file(path / "exit.json", json_text({"code": code, "reason": reason}))
@@ -54,7 +61,7 @@ def _run(kind: str, path: Path, options: dict[str, object]) -> int:
         return code
 
 
-def _job(kind: str) -> Callable[[Path, dict[str, object]], int]:
+def _job(kind: str) -> Callable[..., int]:
     module, function = _JOBS[kind].split(":")
     return getattr(import_module(module), function)
 
@@ -84,9 +91,13 @@ def _report(run_dir: Path | None, error: Exception, code: int) -> None:
     """Say why this rank ends: a message for what a user can mend, a traceback for our own faults."""
     rank = os.environ.get("RANK", "0")
     if code == CRASH:
-        sys.stderr.write("".join(traceback.format_exception(error)))
+        text = "".join(traceback.format_exception(error))
     else:
-        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"rank {rank}: error: {error}\n")
+        text = f"error: {error}\n" if rank == "0" else f"rank {rank}: error: {error}\n"
+    sys.stderr.write(text)
+    if run_dir and rank == "0" and (run_dir / "logs").is_dir():
+        with open(run_dir / "logs" / "rank_0.log", "a", encoding="utf-8") as log:
+            log.write(text)
     if run_dir and run_dir.is_dir() and code != PEER_LOST:
         record = {"code": code, "reason": f"{type(error).__name__}: {error}", "rank": int(rank)}
         replace_file(run_dir / "exit.json", json_text(record))

@@ -79,8 +79,13 @@ def read_tensors(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     return tensors_from_bytes(content)
 
 
-def delete_old_checkpoints(run_dir: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what unfinished saves left behind."""
+def delete_old_checkpoints(run_dir: Path, *, newest: int, keep_last: int) -> None:
+    """Delete all but the `keep_last` checkpoints up to step `newest`, which has just been committed, and what saves left unfinished.
+
+    One of a later step was found damaged when this attempt began; kept, it would count as one of the last."""
+    for step, path in _committed(run_dir):
+        if step > newest:
+            _delete(path)
     for _, path in _committed(run_dir)[:-keep_last]:
         _delete(path)
     for path in (run_dir / "checkpoints").glob("*.tmp-*"):

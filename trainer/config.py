@@ -82,6 +82,8 @@ _NOT_IDENTITY = (
     "logging",
     "data.workers",
     "data.shards",
+    "data.on_bad_sample",
+    "data.max_bad_samples",
     "train.steps",
     "train.stop_after_steps",
     "distill.checkpoint_every_steps",

@@ -29,8 +29,10 @@ def is_rank_0() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: its CUDA device where one is, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of this rank: its CUDA device where there is one (shared if there are more ranks than devices), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def init_process_group(*, timeout_seconds: float) -> None:
@@ -39,6 +41,8 @@ def init_process_group(*, timeout_seconds: float) -> None:
     A launcher on one host passes rank 0 a listening socket as HALFSTEP_STORE_FD: no port can be taken in between, and the
     store listens on loopback only.
     Raises: RuntimeError if not all ranks come within `timeout_seconds`. Collective."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
         return
@@ -53,7 +57,9 @@ def init_process_group(*, timeout_seconds: float) -> None:
         master_listen_fd=int(listening) if listening and number == 0 else None,
         use_libuv=True,
     )
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # nccl refuses two ranks on one device; gloo carries CUDA tensors too.
+    apart = torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if apart else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
 
 

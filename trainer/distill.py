@@ -11,10 +11,8 @@ from trainer.train import DONE, train
 logger = logging.getLogger(__name__)
 
 
-def distill_job(path: Path, options: Options) -> int:
+def distill_job(path: Path, options: Options, stop: StopRequest) -> int:
     """Run the stages that the chain in `path` trains, in order; a finished one takes no time. Returns the exit code. Collective."""
-    stop = StopRequest()
-    stop.install()
     for stage in read_chain(path):
         if not stage.trained_here:
             continue

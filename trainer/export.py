@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from data_shards.files import content_record, fsync_directory, json_text, read_json_object, write_durable
 from trainer import dist
-from trainer.config import Prediction
+from trainer.config import Prediction, ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import respaced_betas
@@ -187,7 +187,7 @@ def _fill(folder: Path, source: Source, *, name: str) -> None:
     source.model.cpu()
     (folder / "samples.png").write_bytes(png(grid_image(images, 4)))
     (folder / "descriptor.json").write_text(json_text(descriptor.to_json()))
-    (folder / "recipe.yaml").write_text(dump_yaml(source.recipe))
+    (folder / "recipe.yaml").write_text(dump_yaml(_without_places(source.recipe)))
     (folder / "README.md").write_text(model_card(source, name=name, pipeline=type(pipeline).__name__, sample_steps=steps))
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     manifest = {
@@ -205,6 +205,16 @@ def _fill(folder: Path, source: Source, *, name: str) -> None:
 def card_steps(descriptor: Descriptor) -> int:
     """In how many steps the card's images are drawn: the model's own, or where those take minutes the most of its halvings that do not."""
     return next(count for count in halving_counts(descriptor.step_count, 1) if count <= MAX_CARD_STEPS)
+
+
+def _without_places(recipe: RunConfig) -> RunConfig:
+    """A recipe to hand on: of data and teacher the folders' names, not where they lie on this machine."""
+    shards = recipe.data.shards and Path(recipe.data.shards).name
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": shards})})
+    if not isinstance(recipe.objective, ProgressiveDistillationConfig):
+        return recipe
+    teacher = Path(recipe.objective.teacher).name
+    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": teacher})})
 
 
 def _commit(temporary: Path, out: Path) -> None:

@@ -50,7 +50,11 @@ _TAGS = {
 class Reporter:
     """Rank 0's view of a run. A resume at step s drops what earlier attempts reported of step s and later."""
 
-    def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, recipe_text: str, title: str) -> None:
+    def __init__(
+        self, run_dir: Path, *, start_step: int, total_steps: int, recipe_text: str, hyperparameters: Mapping[str, object], title: str
+    ) -> None:
+        """hyperparameters: the recipe's values, for TensorBoard's table of runs, which shows train/loss beside them."""
+        from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter  # 1 s: rank 0 alone needs it
 
         cut_lines(run_dir / "metrics.jsonl", before_step=start_step)
@@ -58,6 +62,13 @@ class Reporter:
         self.file = open(run_dir / "metrics.jsonl", "a", encoding="ascii")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step, flush_secs=20)
         self.board.add_text("recipe", f"```yaml\n{recipe_text}\n```", start_step)
+        values = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in hyperparameters.items()
+        }
+        writer = self.board.file_writer
+        assert writer is not None, "the writer has just been opened"
+        for summary in hparams(values, {"train/loss": 0.0}):
+            writer.add_summary(summary)
         self.progress = _Bar(title, start_step, total_steps) if sys.stderr.isatty() else _PlainLines(title, start_step, total_steps)
         (run_dir / "samples").mkdir(exist_ok=True)
 
@@ -75,16 +86,6 @@ class Reporter:
             suffix = "" if name == "ema" else f"_{name}"
             replace_file(self.run_dir / "samples" / f"step_{step:06d}{suffix}.png", png(grid))
             self.board.add_image(f"samples/{name}", np.asarray(grid), step, dataformats="HWC")
-
-    def write_outcome(self, recipe: Mapping[str, object], loss: float) -> None:
-        """Report the recipe's values for TensorBoard's table of runs, with train/loss as the figure that it shows beside them."""
-        from torch.utils.tensorboard.summary import hparams
-
-        values = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in recipe.items()}
-        writer = self.board.file_writer
-        assert writer is not None, "the reporter is open"
-        for summary in hparams(values, {"train/loss": loss}):
-            writer.add_summary(summary)
 
     def sync(self) -> None:
         """Make what was reported so far durable; called before a checkpoint commits the steps it belongs to."""
@@ -121,10 +122,10 @@ class Ledger:
             for name in replaced:
                 logger.warning("step %d, micro-batch %d: skipped %s", step, index, name)
         self.file.write(json.dumps(line) + "\n")
-        if self.bad_samples > self.max_bad_samples:
+        if replaced and self.bad_samples > self.max_bad_samples:
             raise DataBudgetSpent(
                 f"{self.bad_samples} samples were bad, data.max_bad_samples allows {self.max_bad_samples}; the last: {replaced[-1]}; "
-                "`halfstep shards verify` lists them all; pack the shards again, or raise data.max_bad_samples"
+                "`halfstep shards verify` lists them all; raise data.max_bad_samples to go on, or pack them again and start a new --run-dir"
             )
 
     def flush(self) -> None:

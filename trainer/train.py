@@ -63,10 +63,8 @@ class Task:
     stratified: bool
 
 
-def train_job(path: Path, options: Options) -> int:
+def train_job(path: Path, options: Options, stop: StopRequest) -> int:
     """Train the run in `path` to its end or to a request to stop; returns the worker's exit code. Collective."""
-    stop = StopRequest()
-    stop.install()
     return train(path, stop, previous_end=optional_text(options, "previous_end"))
 
 
@@ -76,6 +74,10 @@ def train(run_dir: Path, stop: StopRequest, *, previous_end: str | None = None) 
     checkpoint = _agreed_checkpoint(run_dir)
     if checkpoint and checkpoint.step >= config.train.steps and exported_sha256(run_dir / "export") == checkpoint.manifest["ema_sha256"]:
         return DONE
+    if stop.may_take(config.train.stop_after_steps) == 0:
+        return CALL_AGAIN
+    if checkpoint and checkpoint.step > config.train.steps:
+        raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
     index = ShardIndex.load(run_dir / str(config.data.shards))
     task = build_task(config, run_dir, index.image_size)
     engine = build_engine(config, task.module)
@@ -220,10 +222,27 @@ class _Run:
 
     def go(self, start_step: int) -> int:
         """Run from `start_step`; returns the worker's exit code."""
-        config, train = self.config, self.config.train
         self._open(start_step)
-        last_step = min(train.steps, start_step + (train.stop_after_steps or train.steps))
-        batches, step, asked, loss = self._batches(start_step, last_step), start_step, False, 0.0
+        try:
+            step = self._take_steps(start_step)
+        finally:
+            self._close()
+        self.stop.took(step - start_step)
+        # Rank 0 commits while the others may be here already: none leaves before the checkpoint is there.
+        dist.barrier()
+        if step < self.config.train.steps:
+            logger.info("stopped at step %d of %d; the same command goes on from there", step, self.config.train.steps)
+            return CALL_AGAIN
+        if dist.is_rank_0():
+            export_run(self.run_dir)
+        dist.barrier()
+        return DONE
+
+    def _take_steps(self, start_step: int) -> int:
+        """The loop; returns how many steps the run has now, all of them committed."""
+        config, train = self.config, self.config.train
+        last_step = min(train.steps, start_step + (self.stop.steps_left or train.steps))
+        batches, step, asked = self._batches(start_step, last_step), start_step, False
         boundary = time.perf_counter()
         while True:
             ends = step in (train.steps, last_step) or asked
@@ -234,31 +253,25 @@ class _Run:
             if draws:
                 self._draw_samples(step)
             if ends:
-                break
+                return step
             if saves or draws:
                 boundary = time.perf_counter()
             self.data_wait_seconds = 0.0
             rate = learning_rate(step, peak=config.optim.learning_rate, total_steps=train.steps, schedule=config.lr_schedule)
             result = self.engine.step(step, self._losses(batches, step), learning_rate=rate, stop=bool(self.stop.reason))
-            loss, asked = result.loss, result.stop
+            asked = result.stop
             self.ledger.flush()
             # A step's seconds include the report of the one before, but neither checkpoints nor samples.
             now = time.perf_counter()
-            if self.reporter and step % config.logging.every_steps == 0:
+            if self.reporter and (step % config.logging.every_steps == 0 or step + 1 == train.steps):
                 speed = config.data.global_batch_size / (now - boundary)
                 self.reporter.write_step(
-                    StepMetrics(step, loss, loss.hex(), result.gradient_norm, rate, speed, now - boundary, self.data_wait_seconds)
+                    StepMetrics(
+                        step, result.loss, result.loss.hex(), result.gradient_norm, rate, speed, now - boundary, self.data_wait_seconds
+                    )
                 )
             boundary = now
             step += 1
-        self._close(loss)
-        if step < train.steps:
-            logger.info("stopped at step %d of %d; the same command goes on from there", step, train.steps)
-            return CALL_AGAIN
-        if dist.is_rank_0():
-            export_run(self.run_dir)
-        dist.barrier()
-        return DONE
 
     def _open(self, start_step: int) -> None:
         config = self.config
@@ -274,6 +287,7 @@ class _Run:
                 start_step=start_step,
                 total_steps=config.train.steps,
                 recipe_text=(self.run_dir / "recipe.yaml").read_text(),
+                hyperparameters=identity(config),
                 title=self.run_dir.name,
             )
 
@@ -334,7 +348,7 @@ class _Run:
                 "ema_sha256": tensors_sha256(parts["ema"]),
             }
             write_checkpoint(self.run_dir, step, parts=parts, facts=facts)
-            delete_old_checkpoints(self.run_dir, keep_last=self.config.checkpoint.keep_last)
+            delete_old_checkpoints(self.run_dir, newest=step, keep_last=self.config.checkpoint.keep_last)
 
     def _draw_samples(self, step: int) -> None:
         """Draw the sample grids, the images divided among the ranks."""
@@ -345,8 +359,8 @@ class _Run:
         if self.reporter:
             self.reporter.write_samples(step, {"ema": ema, "raw": raw})
 
-    def _close(self, loss: float) -> None:
+    def _close(self) -> None:
+        """Leave files whole and the terminal tidy, however the loop ended."""
         self.ledger.close()
         if self.reporter:
-            self.reporter.write_outcome(identity(self.config), loss)
             self.reporter.close()

@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(shutil.which("chromium") i
 
 def _report(run_dir: Path, *, start_step: int, steps: int) -> None:
     run_dir.mkdir(exist_ok=True)
-    reporter = Reporter(run_dir, start_step=start_step, total_steps=steps, recipe_text="seed: 0", title="test")
+    values = {"seed": 0, "model.channels": [8, 16]}
+    reporter = Reporter(run_dir, start_step=start_step, total_steps=steps, recipe_text="seed: 0", hyperparameters=values, title="test")
     for step in range(start_step, steps):
         reporter.write_step(StepMetrics(step, 1 / (step + 1), (1 / (step + 1)).hex(), 1.0, 1e-3, 100.0, 0.1, 0.01))
     reporter.write_samples(start_step, {"ema": Image.new("RGB", (64, 64), "red"), "raw": Image.new("RGB", (64, 64), "blue")})
-    reporter.write_outcome({"seed": 0, "model.channels": [8, 16]}, 0.1)
     reporter.close()
 
 

@@ -27,9 +27,10 @@ def run(verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = ()
 
 
 @contextmanager
-def started(verb: str, run_dir: Path, *, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that runs while the test looks at it; ended with all its ranks when the test leaves."""
-    process = subprocess.Popen(command(verb, run_dir, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def started(verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """A command, in a process group of its own, that runs while the test looks at it; ended with all its ranks afterwards."""
+    words = command(verb, run_dir, ranks=ranks, overrides=overrides)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
     finally:

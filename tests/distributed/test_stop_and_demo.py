@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,28 @@ from trainer.hash import hash_run
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("told", ["the command", "rank 1 alone"])
-def test_a_signal_ends_in_a_checkpoint_and_75_and_the_same_command_goes_on(two_ranks: Path, tmp_path: Path, told: str) -> None:
+def _tell_the_command(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGUSR1)
+
+
+def _tell_rank_1(process: subprocess.Popen[bytes]) -> None:
+    os.kill(rank_pids(process.pid)[1], signal.SIGTERM)
+
+
+def _tell_everyone(process: subprocess.Popen[bytes]) -> None:
+    """As Slurm does: the command, its ranks and their loader processes."""
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("tell", [_tell_the_command, _tell_rank_1, _tell_everyone])
+def test_a_signal_ends_in_a_checkpoint_and_75_and_the_same_command_goes_on(
+    two_ranks: Path, tmp_path: Path, tell: Callable[[subprocess.Popen[bytes]], None]
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(two_ranks / "shards", run_dir / "shards")
-    with started("distill", run_dir, ranks=2) as process:
+    with started("distill", run_dir, ranks=2, overrides=("data.workers=1",)) as process:
         assert wait_until(lambda: delivered(run_dir) >= 10, process)
-        if told == "the command":
-            process.send_signal(signal.SIGTERM)
-        else:
-            os.kill(rank_pids(process.pid)[1], signal.SIGUSR1)
+        tell(process)
         assert process.wait(60) == 75
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
     resumed = run("distill", run_dir, ranks=2)
@@ -33,6 +47,24 @@ def test_a_signal_ends_in_a_checkpoint_and_75_and_the_same_command_goes_on(two_r
     assert hash_run(run_dir) == hash_run(two_ranks)
     attempts = [json.loads(line) for line in (run_dir / "stage_00_1000_steps" / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["previous_end"] for attempt in attempts] == [None, "75: asked to stop; the same command goes on from the checkpoint"]
+
+
+def test_a_limit_of_steps_is_the_attempts_not_the_stages(two_ranks: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_ranks / "shards", run_dir / "shards")
+    for steps_so_far in (30, 40):  # 24 of the teacher, then 8 a student
+        limit = "train.stop_after_steps=30" if steps_so_far == 30 else "train.stop_after_steps=20"
+        ended = run("distill", run_dir, ranks=2, overrides=(limit,))
+        assert ended.returncode == (75 if steps_so_far == 30 else 0), ended.stderr
+        assert sum(len(curve.losses) for curve in curves(run_dir).values()) == steps_so_far
+    assert hash_run(run_dir) == hash_run(two_ranks)
+
+
+def test_a_run_and_a_chain_do_not_share_a_folder(two_ranks: Path) -> None:
+    refused = run("train", two_ranks, ranks=2)
+    assert refused.returncode == 2 and "holds a chain of halvings" in refused.stderr
+    refused = run("distill", two_ranks / "stage_00_1000_steps", ranks=2)
+    assert refused.returncode == 2 and "holds a single run" in refused.stderr
 
 
 def test_the_demo_goes_the_whole_way_and_again_costs_little(tmp_path: Path) -> None:

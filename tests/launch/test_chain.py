@@ -78,9 +78,19 @@ def test_a_teacher_from_elsewhere_decides_the_model(tmp_path: Path, chain: Path)
 
 
 def test_a_chain_with_more_updates_is_another_chain(chain: Path) -> None:
+    manifest = chain / "stage_00_1000_steps" / "checkpoints" / "step_000001" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
     config = _chain(updates=[10, 31])
     assert config.distill is not None
     with pytest.raises(ValueError, match=r"distill\.updates: was \[10, 30\], now \[10, 31\]"):
         freeze_chain(chain, config, config.distill, shards=chain / "shards")
     stage = chain / "stage_02_0002_steps"
     freeze(stage, load_recipe(stage / "recipe.yaml"), shards=chain / "shards", steps_fixed=True)
+
+
+def test_a_chain_or_a_student_is_no_teacher(chain: Path) -> None:
+    with pytest.raises(ValueError, match="wanted the folder of one run or export"):
+        with_teacher(_chain(), chain)
+    with pytest.raises(ValueError, match="is a student already"):
+        with_teacher(_chain(), chain / "stage_01_0004_steps")

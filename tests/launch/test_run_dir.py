@@ -19,6 +19,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def _begin(run_dir: Path, config: RunConfig, shards: Path) -> None:
+    """Freeze a run and give it a checkpoint, so that there is something to lose."""
+    freeze(run_dir, config, shards=shards)
+    manifest = run_dir / "checkpoints" / "step_000001" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+
+
 def _config(shards: Path, **changes: object) -> RunConfig:
     config = RunConfig.model_validate({"data": {"shards": str(shards)}, "train": {"steps": 10}})
     return config.model_copy(update=changes)
@@ -31,33 +39,39 @@ def test_the_frozen_recipe_is_complete_and_reads_back_equal(tmp_path: Path, shar
 
 
 def test_another_seed_is_refused_with_the_difference(tmp_path: Path, shards: Path) -> None:
-    freeze(tmp_path / "run", _config(shards), shards=shards)
+    _begin(tmp_path / "run", _config(shards), shards)
     with pytest.raises(ValueError, match="seed: was 0, now 7"):
         freeze(tmp_path / "run", _config(shards, seed=7), shards=shards)
 
 
-def test_other_data_is_refused(tmp_path: Path, shards: Path) -> None:
+def test_before_the_first_checkpoint_a_recipe_may_be_mended(tmp_path: Path, shards: Path) -> None:
     freeze(tmp_path / "run", _config(shards), shards=shards)
+    freeze(tmp_path / "run", _config(shards, seed=7), shards=shards)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").seed == 7
+
+
+def test_other_data_is_refused(tmp_path: Path, shards: Path) -> None:
+    _begin(tmp_path / "run", _config(shards), shards)
     pack(FacesSource("open-peeps", 5), tmp_path / "others", size=16, workers=1)
     with pytest.raises(ValueError, match=r"data\.shards sha256: was"):
         freeze(tmp_path / "run", _config(tmp_path / "others"), shards=tmp_path / "others")
 
 
 def test_moved_shards_are_the_same_data(tmp_path: Path, shards: Path) -> None:
-    freeze(tmp_path / "run", _config(shards), shards=shards)
+    _begin(tmp_path / "run", _config(shards), shards)
     pack(FacesSource("open-peeps", 4), tmp_path / "moved", size=16, workers=1)
     freeze(tmp_path / "run", _config(tmp_path / "moved"), shards=tmp_path / "moved")
 
 
 def test_a_longer_run_is_the_same_run_where_the_rate_does_not_depend_on_it(tmp_path: Path, shards: Path) -> None:
-    freeze(tmp_path / "run", _config(shards), shards=shards)
+    _begin(tmp_path / "run", _config(shards), shards)
     freeze(tmp_path / "run", _config(shards, train=TrainConfig(steps=20)), shards=shards)
     assert load_recipe(tmp_path / "run" / "recipe.yaml").train.steps == 20
 
 
 def test_a_longer_run_under_a_cosine_is_another_run(tmp_path: Path, shards: Path) -> None:
     cosine = load_cosine(shards)
-    freeze(tmp_path / "run", cosine, shards=shards)
+    _begin(tmp_path / "run", cosine, shards)
     with pytest.raises(ValueError, match=r"train\.steps: was 10, now 20"):
         freeze(tmp_path / "run", cosine.model_copy(update={"train": TrainConfig(steps=20)}), shards=shards)
 

@@ -67,14 +67,14 @@ def test_an_unfinished_save_does_not_exist_and_is_swept(tmp_path: Path) -> None:
     (leftover / "model.safetensors").write_bytes(b"half")
     found = newest_checkpoint(tmp_path)
     assert found is not None and found.step == 10
-    delete_old_checkpoints(tmp_path, keep_last=2)
+    delete_old_checkpoints(tmp_path, newest=10, keep_last=2)
     assert not leftover.exists()
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         _write(tmp_path, step)
-    delete_old_checkpoints(tmp_path, keep_last=2)
+    delete_old_checkpoints(tmp_path, newest=40, keep_last=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000030", "step_000040"]
 
 
@@ -92,3 +92,12 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path) -> Non
     path = _write(tmp_path, 10) / "manifest.json"
     path.write_text(path.read_text().replace("model.safetensors", "../../model.safetensors"))
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None:
+    _write(tmp_path, 20)
+    (_write(tmp_path, 60) / "model.safetensors").write_bytes(b"damaged")
+    _write(tmp_path, 40)
+    delete_old_checkpoints(tmp_path, newest=40, keep_last=1)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 40

@@ -134,8 +134,8 @@ class Replicated:
             bad = [index for index, loss in enumerate(losses) if loss - loss != 0]
             where = f"the loss of micro-batches {bad}" if bad else "the gradient (all losses are finite)"
             raise NumericError(
-                f"step {step}: {where} is not finite; no weight was changed. Lower optim.learning_rate, or use engine.precision=fp32; "
-                f"the ledger names the samples of step {step}"
+                f"step {step}: {where} is not finite; no weight was changed. Start again in a new --run-dir with a lower "
+                "optim.learning_rate or with engine.precision=fp32"
             )
 
 
