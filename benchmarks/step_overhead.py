@@ -35,7 +35,7 @@ def main() -> None:
     if options.bare:
         _bare_rank(options.bare, steps=options.steps)
         return
-    steps, repeats = (15, 1) if options.quick else (60, 5)
+    steps, repeats = (15, 1) if options.quick else (40, 5)
     with tempfile.TemporaryDirectory() as folder:
         shards = pack_faces(FacesConfig(count=512), Path(folder) / "shards")
         for ranks in (1, 2):
