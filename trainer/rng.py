@@ -25,7 +25,11 @@ def seed_weights(seed: int) -> None:
 
 def seed_dropout(seed: int, step: int, index: int) -> None:
     """Put the default generators, from which dropout draws, at the start of micro-batch (step, index)."""
-    torch.manual_seed(derive_seed(seed, "dropout", step, index))
+    value = derive_seed(seed, "dropout", step, index)
+    # torch.manual_seed would also format a stack trace for each kind of device that is not there.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(value)
 
 
 def stratified_uniforms(stream: torch.Generator, count: int, *, stratum: int, strata: int) -> Float[Tensor, " b"]:
