@@ -47,6 +47,8 @@ from trainer.stop import StopRequest
 logger = logging.getLogger(__name__)
 
 DONE, CALL_AGAIN = 0, 75
+GRID_SEED = 0
+"""Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
 
 Objective = Callable[[Denoiser, Tensor, Draws], Tensor]
 """(denoiser, x_0, draws) -> loss per image."""
@@ -354,8 +356,8 @@ class _Run:
         """Draw the sample grids, the images divided among the ranks."""
         logs = self.config.logging
         with self.engine.averaged() as averaged:
-            ema = draw_grid(averaged, self.task, images=logs.sample_images, steps=logs.sample_steps, seed=self.config.seed)
-        raw = draw_grid(self.engine.raw(), self.task, images=logs.sample_images, steps=logs.sample_steps, seed=self.config.seed)
+            ema = draw_grid(averaged, self.task, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
+        raw = draw_grid(self.engine.raw(), self.task, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
         if self.reporter:
             self.reporter.write_samples(step, {"ema": ema, "raw": raw})
 
