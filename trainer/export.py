@@ -187,7 +187,7 @@ def _fill(folder: Path, source: Source, *, name: str) -> None:
     source.model.cpu()
     (folder / "samples.png").write_bytes(png(grid_image(images, 4)))
     (folder / "descriptor.json").write_text(json_text(descriptor.to_json()))
-    (folder / "recipe.yaml").write_text(dump_yaml(_without_places(source.recipe)))
+    (folder / "recipe.yaml").write_text(dump_yaml(portable_recipe(source.recipe)))
     (folder / "README.md").write_text(model_card(source, name=name, pipeline=type(pipeline).__name__, sample_steps=steps))
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     manifest = {
@@ -207,7 +207,7 @@ def card_steps(descriptor: Descriptor) -> int:
     return next(count for count in halving_counts(descriptor.step_count, 1) if count <= MAX_CARD_STEPS)
 
 
-def _without_places(recipe: RunConfig) -> RunConfig:
+def portable_recipe(recipe: RunConfig) -> RunConfig:
     """A recipe to hand on: of data and teacher the folders' names, not where they lie on this machine."""
     shards = recipe.data.shards and Path(recipe.data.shards).name
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": shards})})

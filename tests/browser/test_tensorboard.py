@@ -72,9 +72,15 @@ def _page(address: str, profile: Path) -> str:
 
 def test_loss_speed_and_grids_are_on_the_page(tensorboard: str, tmp_path: Path) -> None:
     # With a filter the page opens every card that matches; without one it folds most groups.
-    page = _page(f"{tensorboard}/?tagFilter=loss%7Cspeed%7Csamples#timeseries", tmp_path)
-    for name in ("train/loss", "speed/images_per_second", "samples/ema", "samples/raw", "stage_00_1000_steps", "stage_01_0500_steps"):
-        assert name in page, f"{name} is not on TensorBoard's page"
+    address = f"{tensorboard}/?tagFilter=loss%7Cspeed%7Csamples#timeseries"
+    names = ("train/loss", "speed/images_per_second", "samples/ema", "samples/raw", "stage_00_1000_steps", "stage_01_0500_steps")
+    missing = list(names)
+    for attempt in range(3):  # on a busy machine a page may not be complete when the browser's clock runs out
+        page = _page(address, tmp_path / str(attempt))
+        missing = [name for name in names if name not in page]
+        if not missing:
+            break
+    assert not missing, f"not on TensorBoard's page: {missing}"
 
 
 def test_a_resumed_run_shows_each_step_once(tensorboard: str) -> None:

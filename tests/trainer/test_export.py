@@ -13,7 +13,8 @@ from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from trainer.export import export_job, export_run, exported_sha256, push_export, write_export
+from trainer.config import RunConfig
+from trainer.export import export_job, export_run, exported_sha256, portable_recipe, push_export, write_export
 from trainer.sample import draw_images
 from trainer.source import load_source
 
@@ -169,3 +170,15 @@ def test_a_push_without_network_names_the_finished_folder_and_no_token(
     assert "secret" not in str(failure.value)
     with pytest.raises(ValueError, match="wanted owner/name"):
         push_export(folder, "not//a name", endpoint="http://127.0.0.1:9")
+
+
+def test_an_export_does_not_say_where_data_and_teacher_lie() -> None:
+    config = RunConfig.model_validate(
+        {
+            "data": {"shards": "/home/someone/shards/mine"},
+            "objective": {"kind": "progressive_distillation", "teacher": "/home/someone/teacher", "teacher_steps": 2, "student_steps": 1},
+            "train": {"steps": 1},
+        }
+    )
+    shown = portable_recipe(config)
+    assert shown.data.shards == "mine" and "someone" not in shown.model_dump_json()

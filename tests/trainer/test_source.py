@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from data_shards.files import content_record
 from trainer.checkpoint import newest_checkpoint, read_tensors
 from trainer.descriptor import Descriptor
-from trainer.export import write_export
+from trainer.export import portable_recipe, write_export
 from trainer.source import TIME_TABLE, WEIGHTS_FILE, load_source
 from trainer.stages import grid
 
@@ -53,7 +53,7 @@ def test_an_export_loads_as_the_run_that_it_was_made_from(write_run: WriteRun, t
     export = load_source(write_export(run, tmp_path / "export"))
     assert export.descriptor == run.descriptor
     assert export.weights_sha256 == run.weights_sha256
-    assert export.recipe == run.recipe
+    assert export.recipe == portable_recipe(run.recipe)
     x_t, timestep = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([999.0, 999.0])
     assert torch.equal(export.model(x_t, timestep).sample, run.model(x_t, timestep).sample)
 
