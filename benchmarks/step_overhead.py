@@ -28,6 +28,7 @@ def main() -> None:
     """Print one JSON line for each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats, under a minute in all")
+    parser.add_argument("--repeats", type=int, help="repeats to take (1 with --quick, else 5)")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
@@ -38,6 +39,7 @@ def main() -> None:
     steps, repeats = (15, 1) if options.quick else (40, 5)
     with tempfile.TemporaryDirectory() as folder:
         shards = pack_faces(FacesConfig(count=512), Path(folder) / "shards")
+        repeats = options.repeats or repeats
         for ranks in (1, 2):
             ratios, speeds = [], []
             for repeat in range(repeats):
