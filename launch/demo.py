@@ -9,10 +9,11 @@ from pathlib import Path
 
 from data_shards.files import json_text, replace_file
 from launch.cluster import load_cluster
-from launch.local import DONE, Job, run_job
+from launch.local import Job, run_job
 from launch.start import check_ranks, pack_faces, start_distill
 from trainer.config import student_counts
 from trainer.config_io import load_recipe, recipe_path
+from trainer.exit_codes import DONE
 
 _INTRODUCTION = """halfstep demo, in {out} on {ranks} local ranks:
   1. shards    draw and pack {faces} cartoon faces                        half a minute

@@ -16,9 +16,9 @@ from types import FrameType
 from data_shards.files import json_text, read_json_object, replace_file
 from launch.cluster import ClusterConfig
 from launch.rank_env import rank_environment
+from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 
-DONE, CRASH, PEER_LOST, CALL_AGAIN, INTERRUPTED = 0, 1, 70, 75, 130
-_EXIT_CODES = {DONE, 64, 65, 66, PEER_LOST, 74, CALL_AGAIN, INTERRUPTED}
+_EXIT_CODES = {DONE, BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR, CALL_AGAIN, INTERRUPTED}
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_SECONDS = 10.0
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
+from trainer.exit_codes import BAD_INPUT, CRASH, DATA_BUDGET, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 from trainer.stop import StopRequest
 
 _JOBS = {
@@ -23,7 +24,6 @@ _JOBS = {
     "hash": "trainer.hash:hash_job",
 }
 _RUNS = ("train", "distill")
-CRASH, BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR, INTERRUPTED = 1, 64, 65, 66, 70, 74, 130
 
 
 def main() -> None:

@@ -4,9 +4,10 @@ import logging
 from pathlib import Path
 
 from trainer.chain import read_chain
+from trainer.exit_codes import DONE
 from trainer.options import Options, optional_text
 from trainer.stop import StopRequest
-from trainer.train import DONE, train
+from trainer.train import train
 
 logger = logging.getLogger(__name__)
 

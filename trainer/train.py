@@ -27,6 +27,7 @@ from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.draws import Draws, draw
 from trainer.engines.engine import Engine, LossPerImage
 from trainer.engines.replicated import Replicated
+from trainer.exit_codes import CALL_AGAIN, DONE
 from trainer.export import export_run, exported_sha256
 from trainer.hash import tensors_sha256
 from trainer.metrics import Ledger, Reporter, StepMetrics, cut_ledgers
@@ -46,7 +47,6 @@ from trainer.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
-DONE, CALL_AGAIN = 0, 75
 GRID_SEED = 0
 """Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
 
