@@ -24,6 +24,7 @@ from trainer.config_sections import (
     LRScheduleConfig,
     ModelConfig,
     NoiseScheduleConfig,
+    NumericConfig,
     ObjectiveConfig,
     OptimConfig,
     Prediction,
@@ -59,6 +60,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "NoiseScheduleConfig",
+    "NumericConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "Prediction",
@@ -78,6 +80,10 @@ __all__ = [
 # What a resume may change: where and how often, never what is computed. data.shards is stood for by its index's sha256.
 _NOT_IDENTITY = (
     "engine.kind",
+    "engine.zero_stage",
+    "engine.replicas",
+    "engine.cpu_offload",
+    "engine.shard_frozen_above_gib",
     "checkpoint",
     "logging",
     "data.workers",
@@ -86,6 +92,7 @@ _NOT_IDENTITY = (
     "data.max_bad_samples",
     "train.steps",
     "train.stop_after_steps",
+    "train.stop_after_minutes",
     "distill.checkpoint_every_steps",
 )
 
@@ -113,6 +120,8 @@ class RunConfig(Section):
     """Length of the run and how a step is computed."""
     engine: EngineConfig = EngineConfig()
     """How ranks share the work."""
+    numeric: NumericConfig = NumericConfig()
+    """What happens where a loss or gradient is not finite."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the state is saved."""
     logging: LoggingConfig = LoggingConfig()

@@ -151,7 +151,7 @@ class TinyUNetConfig(Section):
             yield Problem(("attention_heads", "channels", "attention"), f"{text}; set model.attention_heads={nearest}")
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def _listed(numbers: Iterable[float]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -345,6 +345,14 @@ class EmaConfig(Section):
     """Share of the old average kept at each step, in [0, 1)."""
     warmup: bool = True
     """Use min(decay, (1 + step) / (10 + step)), so that an early average follows the weights."""
+    more_decays: Annotated[tuple[Fraction, ...], Field(strict=False)] = ()
+    """Further averages kept beside it, each with its own decay in [0, 1); `halfstep export --ema DECAY` chooses one afterwards."""
+
+    def problems(self) -> Iterator[Problem]:
+        decays = (self.decay, *self.more_decays)
+        twice = sorted({decay for decay in decays if decays.count(decay) > 1})
+        if twice:
+            yield Problem(("more_decays", "decay"), f"{_listed(twice)} is there twice; give each decay once")
 
 
 class TrainConfig(Section):
@@ -354,21 +362,53 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run."""
     stop_after_steps: Count | None = None
     """Commit a checkpoint and end with exit code 75 after so many steps of this attempt, as a time limit would; null: never."""
+    stop_after_minutes: Positive | None = None
+    """Commit a checkpoint and end with exit code 75 so many minutes after the start of this attempt; null: never."""
     compile: bool = False
     """Compile the model with torch.compile; pays off for long runs only."""
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     """Layout of images in memory."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work."""
 
 
 class EngineConfig(Section):
     """How ranks share the work of one optimizer step."""
 
-    kind: Literal["replicated"] = "replicated"
-    """replicated: every rank holds the whole model (DDP)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of activations; weights, gradients and losses stay fp32."""
+    kind: Literal["replicated", "fsdp", "deepspeed"] = "replicated"
+    """replicated: every rank holds the whole model (DDP); fsdp: ranks share weights, gradients and optimizer (FSDP2); deepspeed: ZeRO."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What DeepSpeed's ranks share: 1 the optimizer, 2 gradients too, 3 weights too; counts for kind deepspeed."""
+    replicas: Count = 1
+    """Copies of the model that fsdp keeps (hybrid sharding): world_size / replicas ranks share one; 1 shares over all ranks."""
+    cpu_offload: bool = False
+    """Keep fsdp's or DeepSpeed's optimizer shards in the hosts' memory: a larger model on a GPU, slower steps."""
+    shard_frozen_above_gib: Positive = 2.0
+    """Frozen side models (teacher, VAE, text encoder) above this size are shared among the ranks; smaller ones are on each."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of activations; weights, gradients and losses stay fp32. fp16 scales the loss by a factor that adapts itself."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """Attention kernels; auto takes PyTorch's own (sdpa)."""
+    """Attention kernels: PyTorch's own (sdpa) or xformers'; auto takes xformers where its kernels run on the device."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits every time; on CPU all do."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.replicas > 1 and self.kind != "fsdp":
+            text = f"{self.replicas} copies of a sharded model, but engine.kind={self.kind}"
+            yield Problem(("replicas", "kind"), f"{text}; set engine.replicas=1 or engine.kind=fsdp")
+        if self.cpu_offload and self.kind == "replicated":
+            yield Problem(("cpu_offload", "kind"), "replicated keeps everything on the device; set engine.kind=fsdp or deepspeed")
+
+
+class NumericConfig(Section):
+    """What happens at an optimizer step whose numbers are bad; no bad number ever reaches a weight."""
+
+    on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"
+    """stop: end with exit code 66; skip: leave the step out; roll_back: go back to the newest checkpoint, then leave the step out."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss above this multiple of its moving average is bad too, like NaN and infinity; null: only those are."""
+    max_bad_steps: CountOrZero = 10
+    """Bad steps that a run may leave out before it ends with exit code 66."""
 
 
 class CheckpointConfig(Section):
@@ -376,8 +416,16 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 500
     """Optimizer steps between two checkpoints; the last step always has one."""
-    keep_last: Count = 2
-    """Checkpoints kept; older ones are removed."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept, at least 2: if one is damaged there is another. Older ones are removed."""
+    keep_every_steps: Count | None = None
+    """Checkpoints of these multiples are kept for good; null: none."""
+    keep_best: CountOrZero = 0
+    """Checkpoints kept for the lowest mean loss since the one before; 0: none."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; the state is copied first."""
+    on_disk_full: Literal["stop", "go_on"] = "stop"
+    """stop: end with exit code 74; go_on: train on without this checkpoint. What was committed before stays either way."""
 
 
 class LoggingConfig(Section):
