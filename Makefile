@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test test-engines test-all lint setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,13 +15,19 @@ PYTHON ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(CORE) ## faces, shards, teacher, halvings, samples, report: 10 to 20 minutes on 2 cores
 	$(BIN)/halfstep demo
 
-test: $(DEV) ## every test that this machine can run
-	$(BIN)/python -m pytest
+test: $(DEV) ## the tests, with a sample of the engines and of the moments to kill at
+	$(BIN)/python -m pytest -m "not engines and not all_kills"
+
+test-engines: $(DEV) ## every objective, engine and number of ranks; goes on where it was interrupted
+	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample"
+
+test-all: test ## all of it, every engine and every kill; what follows make test goes on where it was interrupted
+	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or all_kills"
 
 lint: $(DEV) ## ruff format, ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
