@@ -1,18 +1,119 @@
-"""Which attention kernels a diffusers model uses."""
+"""Which attention kernels a diffusers model uses: PyTorch's own (sdpa) or xformers'."""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal, cast, final
 
 import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+    XFormersAttnAddedKVProcessor,
+    XFormersAttnProcessor,
+)
 from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+Kernels = Literal["sdpa", "xformers"]
 
 
-def use_attention(model: ModelMixin, attention: str) -> None:
-    """Switch a model to `sdpa` (PyTorch's own, also the choice of `auto`) or `xformers`.
+def use_attention(
+    model: ModelMixin,
+    requested: Literal["auto", "sdpa", "xformers"],
+    device: torch.device | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Kernels:
+    """Switch all attention layers of a model to one kind of kernels, for training and inference; returns the kind.
 
-    Raises: ValueError if xformers is asked for where its kernels, which are CUDA's, cannot run."""
-    if attention != "xformers":
-        return
-    if not torch.cuda.is_available():
-        raise ValueError("engine.attention=xformers needs a CUDA device, and this rank has none; set engine.attention=auto")
+    device: where it will run; None: where it is now. dtype: of the activations there. auto takes xformers where its kernels run
+    on the device, forward and backward, at the model's head widths. Layers with a processor of their own (IP adapters,
+    fused projections) keep it.
+    Raises: ValueError if xformers is asked for where it cannot work."""
+    device = device or model.device
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    widths = sorted({layer.inner_dim // layer.heads for layer in layers})
+    trouble = None if requested == "sdpa" else xformers_trouble(device, dtype, head_widths=widths)
+    if requested == "xformers" and trouble:
+        raise ValueError(f"engine.attention=xformers: {trouble}; or set engine.attention=auto")
+    chosen: Kernels = "sdpa" if requested == "sdpa" or trouble else "xformers"
+    for layer in layers:
+        _switch(layer, chosen)
+    return chosen
+
+
+def xformers_trouble(device: torch.device, dtype: torch.dtype, *, head_widths: Iterable[int]) -> str | None:
+    """Why xformers cannot train with heads of these widths on a device, and what would mend it; None where it can.
+
+    It is tried, not looked up: a build that does not fit PyTorch, CUDA or the GPU imports well and has no kernels."""
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device, and this rank has {device.type}; run it on a GPU"
+    if find_spec("xformers") is None:
+        return "it is not installed; pip install 'halfstep[xformers]'"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward pass does not give the same bits every time; set engine.deterministic=false"
+    for width in head_widths:
+        if failure := first_failure(device, dtype, width):
+            return f"its kernels do not run on {device} ({dtype}, heads of {width} channels): {failure}; install a build that fits"
+    return None
+
+
+@cache
+def first_failure(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """First line of what xformers says when it attends once, forward and backward; None if it does. Draws no random number."""
     try:
-        model.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError) as error:
-        raise ValueError(f"engine.attention=xformers: {error}; pip install 'halfstep[xformers]', or set engine.attention=auto") from error
+        attend = import_module("xformers.ops").memory_efficient_attention
+        with torch.enable_grad():
+            query = torch.ones(2, 16, head_width, device=device, dtype=dtype, requires_grad=True)
+            attend(query, query, query).sum().backward()
+            query.sum().item()  # waits for the kernels: their faults show only then
+    except Exception as error:  # a package that does not fit fails in any way
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+_Processor = Callable[..., Tensor]
+
+
+@final
+class XFormersUnlessMasked:
+    """xformers' kernels where there is no mask, else PyTorch's.
+
+    xformers refuses masks whose rows are not aligned to 16 bytes, such as a prior's over 81 tokens."""
+
+    def __init__(self, unmasked: _Processor, masked: _Processor) -> None:
+        self.unmasked, self.masked = unmasked, masked
+
+    # diffusers reads the names of the arguments, and passes on only those that it finds
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        process = self.unmasked if attention_mask is None else self.masked
+        if temb is None:  # the processors with added keys do not take one
+            return process(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return process(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def _switch(layer: Attention, kernels: Kernels) -> None:
+    """Set a layer's processor; diffusers' own switch gives layers with added keys a wrong one on the way back."""
+    current = layer.processor.masked if isinstance(layer.processor, XFormersUnlessMasked) else layer.processor
+    match current:
+        case AttnProcessor() | AttnProcessor2_0() | XFormersAttnProcessor():
+            # PyTorch's kernels by way of diffusers know one scale only
+            sdpa, xformers = AttnProcessor2_0() if layer.scale_qk else AttnProcessor(), XFormersAttnProcessor()
+        case AttnAddedKVProcessor() | AttnAddedKVProcessor2_0() | XFormersAttnAddedKVProcessor():
+            sdpa, xformers = AttnAddedKVProcessor2_0(), XFormersAttnAddedKVProcessor()
+        case _:
+            return
+    processor = sdpa if kernels == "sdpa" else XFormersUnlessMasked(xformers, sdpa)
+    layer.set_processor(cast("AttnProcessor", processor))  # diffusers' annotation names one class of many
