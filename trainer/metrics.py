@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import final
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data_shards.files import cut_lines, replace_file
@@ -35,6 +37,53 @@ class StepMetrics:
     images_per_second: float
     step_seconds: float
     data_wait_seconds: float
+    peak_memory_gib: float | None = None
+    """Most memory that rank 0 has held so far: tensors on its GPU, else the whole process."""
+    teraflops_per_second: float | None = None
+    """The model's operations, of all ranks together."""
+    mfu: float | None = None
+    """Share of what all ranks' devices could do, in [0, 1]; None where that is not known."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all ranks do in one optimizer step, and the most that they could do."""
+
+    images: int
+    """Of one step."""
+    flops_per_image: int
+    """Operations of the model and its teacher, forward and backward; activations computed again do not count."""
+    peak_flops: float | None
+    """Operations a second that the devices of all ranks together could do; None where that is not known."""
+    device: torch.device
+    """Of this rank."""
+
+
+def measure_step(
+    step: int, work: Workload, *, loss: float, gradient_norm: float, learning_rate: float, step_seconds: float, data_wait_seconds: float
+) -> StepMetrics:
+    """The metrics of a step that took so long."""
+    flops = work.images * work.flops_per_image / step_seconds
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        loss_hex=loss.hex(),
+        gradient_norm=gradient_norm,
+        learning_rate=learning_rate,
+        images_per_second=work.images / step_seconds,
+        step_seconds=step_seconds,
+        data_wait_seconds=data_wait_seconds,
+        peak_memory_gib=peak_memory_gib(work.device),
+        teraflops_per_second=flops / 1e12,
+        mfu=None if work.peak_flops is None else flops / work.peak_flops,
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held so far: tensors on a GPU, on a CPU all its resident pages."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 _TAGS = {
@@ -43,6 +92,9 @@ _TAGS = {
     "learning_rate": "train/learning_rate",
     "images_per_second": "speed/images_per_second",
     "data_wait_seconds": "speed/data_wait_seconds",
+    "teraflops_per_second": "speed/teraflops_per_second",
+    "mfu": "speed/mfu",
+    "peak_memory_gib": "memory/peak_gib",
 }
 
 
@@ -77,7 +129,9 @@ class Reporter:
         self.file.write(json.dumps(asdict(metrics)) + "\n")
         self.file.flush()
         for name, tag in _TAGS.items():
-            self.board.add_scalar(tag, getattr(metrics, name), metrics.step)
+            value = getattr(metrics, name)
+            if value is not None:
+                self.board.add_scalar(tag, value, metrics.step)
         self.progress.show(metrics)
 
     def write_samples(self, step: int, grids: Mapping[str, Image.Image]) -> None:
@@ -181,7 +235,7 @@ class _PlainLines:
         left = (self.total_steps - done) * (now - self.started) / max(1, done - self.start_step)
         sys.stderr.write(
             f"{self.title}: step {done}/{self.total_steps}  loss {metrics.loss:.4f}  {metrics.images_per_second:.0f} images/s  "
-            f"data wait {100 * metrics.data_wait_seconds / metrics.step_seconds:.0f}%  ETA {_clock(left)}\n"
+            f"data wait {100 * metrics.data_wait_seconds / metrics.step_seconds:.0f}%{_mfu_text(metrics)}  ETA {_clock(left)}\n"
         )
         sys.stderr.flush()
 
@@ -201,19 +255,27 @@ class _Bar:
             TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s  data wait {task.fields[wait]:.0f}%  ETA"),
+            TextColumn(
+                "loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s  data wait {task.fields[wait]:.0f}%{task.fields[mfu]}  ETA"
+            ),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task(title, total=total_steps, completed=start_step, loss=float("nan"), speed=0.0, wait=0.0)
+        self.task = self.bar.add_task(title, total=total_steps, completed=start_step, loss=float("nan"), speed=0.0, wait=0.0, mfu="")
         self.bar.start()
 
     def show(self, metrics: StepMetrics) -> None:
         wait = 100 * metrics.data_wait_seconds / metrics.step_seconds
-        self.bar.update(self.task, completed=metrics.step + 1, loss=metrics.loss, speed=metrics.images_per_second, wait=wait)
+        shown = {"loss": metrics.loss, "speed": metrics.images_per_second, "wait": wait, "mfu": _mfu_text(metrics)}
+        self.bar.update(self.task, completed=metrics.step + 1, **shown)
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def _mfu_text(metrics: StepMetrics) -> str:
+    """`  MFU 41%` for the progress line; nothing where it is not known."""
+    return "" if metrics.mfu is None else f"  MFU {100 * metrics.mfu:.0f}%"
 
 
 def _clock(seconds: float) -> str:
