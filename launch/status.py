@@ -59,7 +59,8 @@ def run_status(run_dir: Path, *, ended: str | None) -> Status:
         raise ValueError(f"{run_dir}: no recipe.yaml there; wanted a RUN_DIR or a chain's directory")
     total = load_recipe(run_dir / "recipe.yaml", []).train.steps
     last = _last_line(run_dir / "metrics.jsonl")
-    step = int(last["step"]) + 1 if last else 0
+    # a step whose numbers were bad has no line: where it was the last one, the checkpoint knows better
+    step = max(int(last["step"]) + 1 if last else 0, _committed_step(run_dir))
     last_end = _ended(run_dir) if ended is None else ended or None
     state = _state(run_dir, step=step, total=total, last_end=last_end)
     left = (total - step) * float(last["step_seconds"]) if last and state == "running" else None
@@ -114,6 +115,12 @@ def _line(status: Status) -> str:
     if status.last_end and status.state in ("stopped", "failed"):
         parts.append(f"last end: {status.last_end}")
     return ", ".join(parts)
+
+
+def _committed_step(run_dir: Path) -> int:
+    """Steps behind the newest committed checkpoint; 0 without one."""
+    names = (path.parent.name.removeprefix("step_") for path in run_dir.glob("checkpoints/step_*/manifest.json"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _ended(path: Path) -> str | None:

@@ -51,6 +51,16 @@ def test_a_half_written_last_line_is_not_read(run_dir: Path) -> None:
     assert run_status(run_dir, ended=None).step == 4
 
 
+def test_a_step_that_was_left_out_at_the_end_is_counted(run_dir: Path) -> None:
+    """Steps 4 to 9 had bad numbers: they have no line, but the run is at its end."""
+    for name in ("step_000004", "step_000010", "step_000012.partial"):
+        (run_dir / "checkpoints" / name).mkdir(parents=True)
+        (run_dir / "checkpoints" / name / "manifest.json").touch()
+    (run_dir / "export").mkdir()
+    (run_dir / "export" / "model_index.json").touch()
+    assert (run_status(run_dir, ended=None).step, run_status(run_dir, ended=None).state) == (10, "done")
+
+
 def test_json_names_what_others_rely_on(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert print_status(run_dir, as_json=True) == 0
     fields = json.loads(capsys.readouterr().out)
