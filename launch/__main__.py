@@ -2,11 +2,31 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+
+from launch.arguments import (
+    BAD_INPUT,
+    AllowFresh,
+    Cluster,
+    Deterministic,
+    DryRun,
+    Overrides,
+    Ranks,
+    Recipe,
+    RunDir,
+    RunDirOption,
+    SamplerOption,
+    Source,
+    end,
+    existing,
+    existing_file,
+    step_counts,
+)
+from launch.shards_commands import shards
+from trainer.exit_codes import IO_ERROR
 
 app = typer.Typer(
     name="halfstep",
@@ -18,28 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-shards = typer.Typer(name="shards", help="Make, check and describe shards: plain WebDataset tars with an index.", no_args_is_help=True)
 app.add_typer(shards)
-
-BAD_INPUT = 2
-_WORKER_BAD_INPUT = 64
-# What a failing disk or network file system reports, and a full one: worth another try without a change of input.
-_IO_ERROR = 74
-
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name (halfstep recipes).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to the recipe, such as train.steps=200; cluster.KEY=VALUE for the cluster."),
-]
-Cluster = Annotated[str, typer.Option(metavar="C", help="A cluster file, or a shipped one's name.")]
-RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run lives. Default: runs/<recipe name>.")]
-Ranks = Annotated[int | None, typer.Option(min=1, metavar="N", help="Run on N local ranks. Default: the cluster file's.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, start nothing.")]
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's directory, a chain's directory or an export.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's or a chain's directory.")]
-SamplerOption = Annotated[
-    Literal["ddim", "ancestral"] | None, typer.Option(help="ddim or ancestral. Default: the one that the model was made for.")
-]
 
 
 @app.command()
@@ -52,7 +51,7 @@ def demo(
     Example:  halfstep demo --ranks 2"""
     from launch.demo import run_demo
 
-    _end(run_demo(out, ranks=ranks))
+    end(run_demo(out, ranks=ranks))
 
 
 @app.command()
@@ -62,6 +61,8 @@ def train(
     cluster: Cluster = "local",
     run_dir: RunDirOption = None,
     ranks: Ranks = None,
+    deterministic: Deterministic = False,
+    allow_fresh: AllowFresh = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train a recipe. The same command again resumes the run exactly.
@@ -69,7 +70,8 @@ def train(
     Example:  halfstep train smoke --ranks 2 train.steps=100 optim.learning_rate=3e-4"""
     from launch.start import start_train
 
-    _end(start_train(recipe, overrides or [], run_dir=run_dir, cluster=cluster, ranks=ranks, dry_run=dry_run))
+    changes = _changes(overrides, deterministic=deterministic)
+    end(start_train(recipe, changes, run_dir=run_dir, cluster=cluster, ranks=ranks, dry_run=dry_run, allow_fresh=allow_fresh))
 
 
 @app.command()
@@ -79,6 +81,8 @@ def distill(
     cluster: Cluster = "local",
     run_dir: RunDirOption = None,
     ranks: Ranks = None,
+    deterministic: Deterministic = False,
+    allow_fresh: AllowFresh = False,
     dry_run: DryRun = False,
 ) -> None:
     """Halve a teacher's steps again and again: a chain of runs. The same command again continues it.
@@ -86,7 +90,8 @@ def distill(
     Example:  halfstep distill smoke --ranks 2 distill.end_steps=1"""
     from launch.start import start_distill
 
-    _end(start_distill(recipe, overrides or [], run_dir=run_dir, cluster=cluster, ranks=ranks, dry_run=dry_run))
+    changes = _changes(overrides, deterministic=deterministic)
+    end(start_distill(recipe, changes, run_dir=run_dir, cluster=cluster, ranks=ranks, dry_run=dry_run, allow_fresh=allow_fresh))
 
 
 @app.command()
@@ -105,7 +110,7 @@ def sample(
 
     Example:  halfstep sample runs/demo --steps 4 --images 16 --seed 7 --out grid.png"""
     options = {"steps": steps, "images": images, "seed": seed, "out": str(out), "sampler": sampler}
-    _end(_run("sample", _existing(source), options, ranks=ranks))
+    end(_run("sample", existing(source), options, ranks=ranks))
 
 
 @app.command()
@@ -122,13 +127,13 @@ def evaluate(
 
     Example:  halfstep evaluate runs/demo --reference runs/demo/reference --steps 8,4,2,1 --out quality.json"""
     options = {
-        "reference": str(_existing(reference)),
-        "steps": _step_counts(steps),
+        "reference": str(existing(reference)),
+        "steps": step_counts(steps),
         "images": images,
         "seed": seed,
         "out": str(out),
     }
-    _end(_run("evaluate", _existing(source), options, ranks=ranks))
+    end(_run("evaluate", existing(source), options, ranks=ranks))
 
 
 @app.command()
@@ -139,8 +144,8 @@ def report(
     """One self-contained page: curves, sample grids, tables.
 
     Example:  halfstep report runs/demo --out report.html"""
-    found = [_existing(directory) for directory in directories]
-    _end(_run("report", found[0], {"dirs": [str(directory) for directory in found], "out": str(out)}, ranks=1))
+    found = [existing(directory) for directory in directories]
+    end(_run("report", found[0], {"dirs": [str(directory) for directory in found], "out": str(out)}, ranks=1))
 
 
 @app.command()
@@ -148,13 +153,19 @@ def export(
     run_dir: RunDir,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new folder. Default: RUN_DIR/export.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of a chain: the stage whose model samples in N steps.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="DECAY", help="The average of this decay, one of ema.more_decays. Default: that of ema.decay."),
+    ] = None,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload to this Hugging Face repository, owner/name, too.")] = None,
 ) -> None:
     """Write a folder that stock diffusers loads, with EMA weights and a model card.
 
-    Example:  halfstep export runs/demo --steps 4 --out faces-4-steps"""
-    options = {"out": None if out is None else str(out), "steps": steps, "push": push}
-    _end(_run("export", _existing(run_dir), options, ranks=1))
+    Example:  halfstep export runs/demo --steps 4 --out faces-4-steps
+
+    Example:  halfstep export runs/mine --ema 0.999 --out faces-smoother"""
+    options = {"out": None if out is None else str(out), "steps": steps, "ema": ema, "push": push}
+    end(_run("export", existing(run_dir), options, ranks=1))
 
 
 @app.command()
@@ -167,7 +178,35 @@ def status(
     Example:  halfstep status runs/demo"""
     from launch.status import print_status
 
-    _end(print_status(_existing(run_dir), as_json=as_json))
+    end(print_status(existing(run_dir), as_json=as_json))
+
+
+@app.command()
+def checkpoints(
+    run_dir: RunDir,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare it with the manifest; exit code 2 if any differ.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
+) -> None:
+    """List a run's checkpoints: step, size, age, why each is kept.
+
+    Example:  halfstep checkpoints runs/smoke --verify"""
+    folder = existing(run_dir)
+    from launch.checkpoints import print_checkpoints
+
+    end(print_checkpoints(folder, verify=verify, as_json=as_json))
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint that another program wrote, such as model.pt.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The new file.")],
+) -> None:
+    """Turn another program's checkpoint into safetensors; nothing in it is run.
+
+    Example:  halfstep import-checkpoint model.pt --out model.safetensors"""
+    end(_run("import", existing_file(file), {"out": str(out)}, ranks=1))
 
 
 @app.command("hash")
@@ -175,7 +214,7 @@ def hash_(run_dir: RunDir) -> None:
     """Three hashes that two equal runs share: weights, EMA weights, samples delivered.
 
     Example:  halfstep hash runs/smoke"""
-    _end(_run("hash", _existing(run_dir), {}, ranks=1))
+    end(_run("hash", existing(run_dir), {}, ranks=1))
 
 
 @app.command()
@@ -201,70 +240,6 @@ def recipes(
             sys.stdout.write(f"{file.stem:12} {about}\n")
 
 
-@shards.command("pack")
-def shards_pack(
-    source: Annotated[Literal["faces", "folder"], typer.Option(help="faces: drawn here; folder: your own images.")],
-    out: Annotated[Path, typer.Option(metavar="OUT", help="The new directory of shards.")],
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="With --source folder: the images, captions as .txt.")] = None,
-    style: Annotated[str, typer.Option(metavar="NAME", help="Style of the faces.")] = "open-peeps",
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of faces.")] = 6000,
-    start: Annotated[int, typer.Option(min=0, metavar="I", help="First face; another start gives other faces, held out of these.")] = 0,
-    size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Width and height; images are cropped to a square.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of the faces and of their order.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes. Default: one per core.")] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Images per tar.")] = 1000,
-    licence: Annotated[str, typer.Option(metavar="TEXT", help="With --source folder: the licence of your images.")] = "not stated",
-    allow_attribution: Annotated[
-        bool, typer.Option("--allow-attribution", help="Permit styles whose artist must be named (CC BY 4.0).")
-    ] = False,
-) -> None:
-    """Pack images into shuffled tars with an index; the same input and seed give the same bytes.
-
-    Example:  halfstep shards pack --source faces --style open-peeps --count 6000 --size 32 --out shards/faces
-
-    Example:  halfstep shards pack --source folder my-images --size 64 --out shards/mine"""
-    from launch.shards import pack_source
-
-    if source == "folder":
-        if directory is None:
-            raise ValueError("--source folder wants the folder of images: halfstep shards pack --source folder DIR --out OUT")
-        from data_shards.folder import FolderSource
-
-        images = FolderSource.scan(directory, licence=licence)
-    else:
-        if directory is not None:
-            raise ValueError(f"--source faces draws its images and reads no folder, got {directory}; did you mean --source folder?")
-        from data_shards.faces import FacesSource
-
-        images = FacesSource(style=style, count=count, seed=seed, start=start, allow_attribution=allow_attribution)
-    line = pack_source(images, out, size=size, seed=seed, workers=workers or os.cpu_count() or 1, samples_per_shard=samples_per_shard)
-    sys.stdout.write(f"{line}\nuse it:  halfstep train RECIPE data.shards={out}\n")
-
-
-@shards.command("verify")
-def shards_verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of shards.")]) -> None:
-    """Read every byte of shards and name what is damaged; exit code 2 if anything is.
-
-    Example:  halfstep shards verify shards/faces"""
-    from launch.shards import verify_shards
-
-    _end(verify_shards(_existing(directory)))
-
-
-@shards.command("info")
-def shards_info(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of shards.")],
-    sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write a contact sheet too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
-) -> None:
-    """What shards hold: counts, sizes, licence, how they were made.
-
-    Example:  halfstep shards info shards/faces --sheet faces.png"""
-    from launch.shards import describe_shards
-
-    describe_shards(_existing(directory), sheet=sheet, as_json=as_json)
-
-
 def main() -> NoReturn:
     """The console script: input that cannot be used ends in one message and exit code 2."""
     try:
@@ -279,16 +254,17 @@ def main() -> NoReturn:
         import errno
 
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(_IO_ERROR if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) else BAD_INPUT)
+        # a failing disk or network file system, and a full one, are worth another try without a change of input
+        sys.exit(IO_ERROR if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) else BAD_INPUT)
     except RuntimeError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     sys.exit(0)
 
 
-def _end(code: int) -> None:
-    """Ends the command with a worker's exit code; bad input is 2 at the command line."""
-    raise typer.Exit(BAD_INPUT if code == _WORKER_BAD_INPUT else code)
+def _changes(overrides: list[str] | None, *, deterministic: bool) -> list[str]:
+    """The command line's KEY=VALUE words, and those that options stand for behind them, so that messages count right."""
+    return [*(overrides or []), *(["engine.deterministic=true"] if deterministic else [])]
 
 
 def _run(kind: str, path: Path, options: dict[str, object], *, ranks: int | None) -> int:
@@ -301,21 +277,6 @@ def _run(kind: str, path: Path, options: dict[str, object], *, ranks: int | None
     # Unlike a run's, these ranks own the whole machine for a short time.
     cluster = cluster.model_copy(update={"threads_per_rank": max(1, (os.cpu_count() or 1) // count)})
     return run_job(Job(kind, path, options), cluster, ranks=count)
-
-
-def _existing(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}; give one that halfstep wrote")
-    return directory
-
-
-def _step_counts(text: str | None) -> Sequence[int] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--steps {text}: wanted step counts with commas between them, such as --steps 32,16,8")
-    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

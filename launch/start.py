@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from launch.chain import freeze_chain, with_teacher
@@ -16,11 +17,18 @@ from trainer.config_io import dump_yaml, load_recipe, recipe_path
 
 
 def start_train(
-    recipe: str, overrides: Sequence[str], *, run_dir: Path | None, cluster: str, ranks: int | None, dry_run: bool = False
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path | None,
+    cluster: str,
+    ranks: int | None,
+    dry_run: bool = False,
+    allow_fresh: bool = False,
 ) -> int:
     """Train a recipe, or resume it where RUN_DIR holds its run; returns the run's exit code.
 
-    ranks: of a local run; None takes the cluster file's.
+    ranks: of a local run; None takes the cluster file's. allow_fresh: start over where no checkpoint of the run is left whole.
     Raises: ValueError for a recipe, data or folder that cannot be used."""
     config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
     if dry_run:
@@ -33,14 +41,22 @@ def start_train(
         config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
         freeze(folder, _with_absolute_teacher(config), shards=shards)
         write_surroundings(folder, machines)
-        return run_job(Job("train", folder, {}), machines, ranks=count, run_dir=folder, lock=lock)
+        return run_job(Job("train", folder, {"allow_fresh": allow_fresh}), machines, ranks=count, run_dir=folder, lock=lock)
 
 
 def start_distill(
-    recipe: str, overrides: Sequence[str], *, run_dir: Path | None, cluster: str, ranks: int | None, dry_run: bool = False
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path | None,
+    cluster: str,
+    ranks: int | None,
+    dry_run: bool = False,
+    allow_fresh: bool = False,
 ) -> int:
     """Run a chain of halvings, or go on with it; returns the exit code of the stage that ended it, 0 when all are done.
 
+    ranks, allow_fresh: as in start_train.
     Raises: ValueError for a recipe, teacher, data or folder that cannot be used."""
     config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
     distill = config.distill
@@ -57,7 +73,7 @@ def start_distill(
         shards = _shards(config, folder)
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)
-        return run_job(Job("distill", folder, {}), machines, ranks=count, run_dir=folder, lock=lock)
+        return run_job(Job("distill", folder, {"allow_fresh": allow_fresh}), machines, ranks=count, run_dir=folder, lock=lock)
 
 
 def _prepare(
@@ -69,6 +85,7 @@ def _prepare(
     machines = load_cluster(cluster, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")])
     count = ranks or machines.ranks_per_node
     check_ranks(config, count)
+    check_engine(config, count)
     return config, machines, run_dir or Path("runs") / recipe_path(recipe).stem, count
 
 
@@ -80,6 +97,30 @@ def check_ranks(config: RunConfig, ranks: int, *, batch: int | None = None) -> N
         raise ValueError(
             f"{ranks} ranks cannot divide {count} micro-batches (global batch {images} / data.micro_batch_size="
             f"{config.data.micro_batch_size}); give --ranks a divisor of {count}, or change data.micro_batch_size"
+        )
+
+
+def check_engine(config: RunConfig, ranks: int) -> None:
+    """Raises: ValueError if the recipe's engine does not fit the ranks, or wants a package that is not installed here."""
+    engine = config.engine
+    if ranks % engine.replicas:
+        raise ValueError(
+            f"{ranks} ranks cannot hold engine.replicas={engine.replicas} copies of the model: each copy takes as many ranks; "
+            f"give --ranks a multiple of {engine.replicas}, or set engine.replicas to a divisor of {ranks}"
+        )
+    if engine.kind == "deepspeed" and find_spec("deepspeed") is None:
+        raise ValueError(
+            "engine.kind=deepspeed, but DeepSpeed is not installed; pip install 'halfstep[deepspeed]', or set engine.kind=fsdp: "
+            "it shares the same state with PyTorch alone"
+        )
+    if engine.attention == "xformers" and find_spec("xformers") is None:
+        raise ValueError(
+            "engine.attention=xformers, but xformers is not installed; pip install 'halfstep[xformers]', or set engine.attention=auto"
+        )
+    if engine.attention == "xformers" and engine.deterministic:
+        raise ValueError(
+            "engine.attention=xformers, but its backward pass does not give the same bits every time, as engine.deterministic=true wants; "
+            "set engine.attention=sdpa"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+COMMAND_LINES = (ROOT / "launch" / "__main__.py", ROOT / "launch" / "shards_commands.py")
 PACKAGES = ("launch", "trainer", "data_shards", "configs", "slurm")
 # Each runs code that a file or a text brings along.
 FORBIDDEN_CALLS = {
@@ -89,7 +90,7 @@ def test_every_module_says_its_duty_in_one_line() -> None:
 
 def documented_commands() -> list[str]:
     """Every `halfstep ...` of the README and of the commands' own examples, without comments."""
-    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "launch" / "__main__.py", ROOT / "launch" / "demo.py")]
+    texts = [path.read_text() for path in (ROOT / "README.md", *COMMAND_LINES, ROOT / "launch" / "demo.py")]
     found = re.findall(r"(?:^|`|Example:  |\$ |^ {2,8})(halfstep [a-z][^`#\n\"]*)", "\n".join(texts), flags=re.MULTILINE)
     return sorted({re.sub(r"\{[a-z_]+\}", "x", command).strip(" ,.;") for command in found if "{" not in command.split()[1]})
 
@@ -114,11 +115,9 @@ def test_every_documented_command_and_option_exists() -> None:
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    tree = ast.parse((ROOT / "launch" / "__main__.py").read_text())
-    verbs = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and "command" in " ".join(map(ast.unparse, node.decorator_list))
-    ]
-    assert len(verbs) >= 13
+    nodes = [node for path in COMMAND_LINES for node in ast.parse(path.read_text()).body]
+    verbs = [node for node in nodes if isinstance(node, ast.FunctionDef) and ".command" in " ".join(map(ast.unparse, node.decorator_list))]
+    assert len(verbs) >= 15
     assert [verb.name for verb in verbs if "Example:  halfstep " not in (ast.get_docstring(verb) or "")] == []
 
 

@@ -54,7 +54,8 @@ def test_help_is_instant_and_lists_every_verb(halfstep: Callable[..., Ran]) -> N
     # seconds of CPU, which other work on the machine does not stretch; 0.15 on an idle core, importtime included
     assert ran.cpu_seconds < 0.4
     assert not ran.imported & {"torch", "pydantic", "numpy", "yaml", "PIL"}
-    for verb in ("demo", "train", "distill", "sample", "evaluate", "report", "export", "status", "hash", "recipes", "shards"):
+    verbs = ("demo", "train", "distill", "sample", "evaluate", "report", "export", "status", "checkpoints", "import-checkpoint")
+    for verb in (*verbs, "hash", "recipes", "shards"):
         assert f" {verb} " in ran.out
 
 
@@ -67,8 +68,12 @@ MISTAKES = [
     (["recipe.yaml", "train.steps=1k"], "command line:1: train.steps: got '1k', wanted a whole number - did you mean 1000?"),
     (["recipe.yaml", "train.steps=0"], "command line:1: train.steps: got 0, wanted at least 1: optimizer steps of the whole run"),
     (["recipe.yaml", "train.compile=yes"], "command line:1: train.compile: got 'yes', wanted true or false - did you mean true?"),
-    (["recipe.yaml", "engine.precision=fp16"], "command line:1: engine.precision: got 'fp16', wanted one of fp32, bf16 - did you mean"),
-    (["recipe.yaml", "engine.kind=ddp"], "command line:1: engine.kind: got 'ddp', wanted replicated - did you mean 'replicated'?"),
+    (["recipe.yaml", "engine.precision=fp8"], "command line:1: engine.precision: got 'fp8', wanted one of fp32, bf16, fp16 - did you mean"),
+    (
+        ["recipe.yaml", "engine.kind=ddp"],
+        "command line:1: engine.kind: got 'ddp', wanted one of replicated, fsdp, deepspeed - did you mean 'replicated'?",
+    ),
+    (["recipe.yaml", "engine.kind=fsdp", "engine.replicas=2"], "error: 1 ranks cannot hold engine.replicas=2 copies of the model"),
     (
         ["recipe.yaml", "objective.prediction=x0"],
         "command line:1: objective.prediction: got 'x0', wanted one of v, eps, x_0 - did you mean",
@@ -133,6 +138,14 @@ def test_a_dry_run_prints_the_complete_recipe_and_writes_nothing(halfstep: Calla
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["train", "distill"])
+def test_deterministic_is_a_key_of_the_recipe(verb: str, halfstep: Callable[..., Ran]) -> None:
+    ran = halfstep(verb, "demo", "--dry-run", "--deterministic", "seed=7")
+    assert ran.code == 0 and "\n  deterministic: true\n" in ran.out and "\nseed: 7\n" in ran.out
+    wrong = halfstep(verb, "demo", "--deterministic", "seed=x")
+    assert wrong.err.startswith("command line:1: seed: got 'x'")  # the option does not shift the numbers of the words
+
+
 def test_recipes_are_listed_and_printed(halfstep: Callable[..., Ran]) -> None:
     assert [line.split()[0] for line in halfstep("recipes").out.splitlines()] == ["demo", "faces_64px", "smoke"]
     assert halfstep("recipes", "smoke").out.startswith("# yaml-language-server: ")
@@ -149,6 +162,8 @@ def test_recipes_are_listed_and_printed(halfstep: Callable[..., Ran]) -> None:
         (["shards", "pack", "--source", "faces", "--style", "micah", "--out", "s"], "error: face style 'micah' by Micah Lanier"),
         (["shards", "info", "."], "error: "),
         (["status", "."], "error: "),
+        (["checkpoints", "nowhere"], "error: nowhere: no such directory; give one that halfstep wrote"),
+        (["import-checkpoint", "nowhere.pt", "--out", "new.safetensors"], "error: nowhere.pt: no such file; give the file itself"),
     ],
 )
 def test_input_that_cannot_be_used_is_one_message_and_exit_code_2(

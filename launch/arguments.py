@@ -1,0 +1,62 @@
+"""What commands share: their arguments, how these are checked, and how a command ends."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from trainer.exit_codes import BAD_INPUT as WORKER_BAD_INPUT
+
+BAD_INPUT = 2
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name (halfstep recipes).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to the recipe, such as train.steps=200; cluster.KEY=VALUE for the cluster."),
+]
+Cluster = Annotated[str, typer.Option(metavar="C", help="A cluster file, or a shipped one's name.")]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run lives. Default: runs/<recipe name>.")]
+Ranks = Annotated[int | None, typer.Option(min=1, metavar="N", help="Run on N local ranks. Default: the cluster file's.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, start nothing.")]
+AllowFresh = Annotated[
+    bool,
+    typer.Option("--allow-fresh", help="Start over where a run's checkpoints are all damaged or gone; without it that is an error."),
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Only kernels that give the same bits every time: engine.deterministic=true.")
+]
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's directory, a chain's directory or an export.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's or a chain's directory.")]
+SamplerOption = Annotated[
+    Literal["ddim", "ancestral"] | None, typer.Option(help="ddim or ancestral. Default: the one that the model was made for.")
+]
+
+
+def end(code: int) -> NoReturn:
+    """End the command with a worker's exit code; bad input is 2 at the command line."""
+    raise typer.Exit(BAD_INPUT if code == WORKER_BAD_INPUT else code)
+
+
+def existing(directory: Path) -> Path:
+    """The directory itself. Raises: ValueError if it is not there."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}; give one that halfstep wrote")
+    return directory
+
+
+def existing_file(file: Path) -> Path:
+    """The file itself. Raises: ValueError if it is not there."""
+    if not file.is_file():
+        raise ValueError(f"{file}: {'not a file' if file.exists() else 'no such file'}; give the file itself")
+    return file
+
+
+def step_counts(text: str | None) -> Sequence[int] | None:
+    """The numbers of `32,16,8`. Raises: ValueError for another text."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--steps {text}: wanted step counts with commas between them, such as --steps 32,16,8")
+    return [int(part) for part in parts]
