@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from data_shards.faces import FacesSource
+from data_shards.files import read_json_object
 from data_shards.pack import pack
-from launch.run_dir import freeze
+from launch.cluster import load_cluster
+from launch.run_dir import freeze, write_surroundings
 from trainer.config import RunConfig, TrainConfig, identity
 from trainer.config_io import load_recipe
 
@@ -89,3 +91,10 @@ def test_how_a_run_is_run_is_not_its_identity(shards: Path, free: str) -> None:
 @pytest.mark.parametrize("fixed", ["engine.precision", "engine.attention", "train.compile", "train.memory_format", "data.micro_batch_size"])
 def test_what_a_run_computes_is_its_identity(shards: Path, fixed: str) -> None:
     assert fixed in identity(_config(shards))
+
+
+def test_the_surroundings_say_versions_and_leave_the_devices_to_the_ranks(tmp_path: Path) -> None:
+    write_surroundings(tmp_path, load_cluster("local", []))
+    written = read_json_object(tmp_path / "environment.json")
+    assert written.keys() == {"python", "platform", "processors", "git_commit", "packages"}
+    assert isinstance(written["packages"], dict) and {"torch", "diffusers"} <= written["packages"].keys()
