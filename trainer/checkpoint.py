@@ -1,157 +1,265 @@
-"""Checkpoints that are whole or absent: safetensors and a JSON manifest, verified before a tensor reaches the model."""
+"""The tensors of checkpoints: which rank writes what, staging, writing, and reading onto any number of ranks and any engine."""
 
 import hashlib
+import json
 import logging
 import os
-import re
-import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from data_shards.files import content_record, fsync_directory, json_text, read_json_object, write_durable
+from trainer import dist
+from trainer.engines.engine import Shard, State
+from trainer.manifest import Checkpoint, committed, read_checkpoint, verify_files
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-_NAME = re.compile(r"step_(\d{6,})")
-_FILE = re.compile(r"[a-z_]+\.safetensors")
+_FLOAT_BYTES = 4
+_PIECE_BYTES = 1 << 24  # written and hashed at a time
 
 
+@final
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint whose files have been verified; `step` is the number of optimizer steps it holds."""
+class Piece:
+    """Elements start ... start + count - 1 of a logical tensor, in row-major order, and the rank that writes them."""
 
-    step: int
-    path: Path
-    manifest: Mapping[str, object]
+    tensor: str
+    """part/name."""
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    rank: int
 
-
-def write_checkpoint(run_dir: Path, step: int, *, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]) -> Path:
-    """Commit `checkpoints/step_NNNNNN`: temporary folder, fsync of each file, manifest, fsync, rename, fsync of the parent.
-
-    parts: name of a file (without suffix) to its tensors by name. facts: what else the manifest holds (JSON values).
-    A checkpoint of this step that is there already is kept as it is: it holds the same state."""
-    parent = run_dir / "checkpoints"
-    parent.mkdir(exist_ok=True)
-    final = parent / f"step_{step:06d}"
-    if final.exists():
-        if _verified(final) is not None:
-            return final
-        _delete(final)
-    temporary = parent / f"{final.name}.tmp-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    files = {}
-    for name, tensors in parts.items():
-        content = tensors_to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        write_durable(temporary / f"{name}.safetensors", content)
-        files[f"{name}.safetensors"] = content_record(content)
-    manifest = {"schema_version": SCHEMA_VERSION, "step": step, **facts, "files": files}
-    write_durable(temporary / "manifest.json", _sealed(manifest).encode())
-    fsync_directory(temporary)
-    os.rename(temporary, final)
-    fsync_directory(parent)
-    return final
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """As its file says: that of the whole tensor if it is whole, else flat."""
+        return self.shape if self.count == torch.Size(self.shape).numel() else (self.count,)
 
 
-def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The checkpoint with the most steps whose files all verify; a damaged one is named in the log and passed over."""
-    for _, path in reversed(_committed(run_dir)):
-        checkpoint = _verified(path)
-        if checkpoint is not None:
+def file_name(rank: int) -> str:
+    """The file that a rank writes."""
+    return f"rank_{rank:04d}.safetensors"
+
+
+def named_shards(state: State) -> dict[str, Shard]:
+    """A state's shards by part/name."""
+    return {f"{part}/{name}": shard for part, shards in state.items() for name, shard in shards.items()}
+
+
+def agree_on_pieces(state: State) -> list[Piece]:
+    """Who writes what, the same list on all ranks: every element once, equal parts of equal ranks spread by size.
+
+    Raises: RuntimeError if the ranks' shards overlap or leave a gap. Collective.
+    Source: the plan is made by torch.distributed.checkpoint's DefaultSavePlanner."""
+    own = {name: (shard.shape, shard.start, shard.values.numel()) for name, shard in named_shards(state).items()}
+    plans = [SavePlan([_write_item(name, *place) for name, place in json.loads(text).items()]) for text in _all_texts(json.dumps(own))]
+    shapes = {name: tuple(shape) for text in _all_texts(json.dumps(own)) for name, (shape, _, _) in json.loads(text).items()}
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner({}, is_coordinator=True)
+    try:
+        agreed, _ = planner.create_global_plan(plans)
+    except ValueError as error:
+        raise RuntimeError(f"the ranks' shards do not make whole tensors: {error}") from error
+    return [
+        Piece(item.index.fqn, shapes[item.index.fqn], data.chunk.offsets[0], data.chunk.sizes[0], rank)
+        for rank, plan in enumerate(agreed)
+        for item in plan.items
+        if (data := item.tensor_data) is not None
+    ]
+
+
+def tensors_record(pieces: Iterable[Piece]) -> dict[str, dict[str, object]]:
+    """The manifest's list of tensors: shape, and where each piece lies."""
+    record: dict[str, dict[str, object]] = {}
+    for piece in pieces:
+        entry = record.setdefault(piece.tensor, {"shape": list(piece.shape), "pieces": []})
+        places = entry["pieces"]
+        assert isinstance(places, list)
+        places.append([file_name(piece.rank), piece.start, piece.count])
+    return record
+
+
+@final
+class Staging:
+    """A copy of the pieces that this rank writes, laid out as its file; the memory is taken once and used again.
+
+    On a GPU the copy runs behind the steps before and in front of those after, into pinned memory, and nothing waits."""
+
+    def __init__(self, state: State, pieces: Sequence[Piece]) -> None:
+        self.pieces = [piece for piece in pieces if piece.rank == dist.rank()]
+        shards = named_shards(state)
+        sources = [shards[piece.tensor].values for piece in self.pieces]
+        cuda = any(source.is_cuda for source in sources)
+        self.buffer = torch.empty(sum(piece.count for piece in self.pieces), pin_memory=cuda)
+        parts = self.buffer.split([piece.count for piece in self.pieces]) if self.pieces else ()
+        self.pairs = [(part.view(source.shape), source) for part, source in zip(parts, sources, strict=True)]
+        self.copied = torch.cuda.Event() if cuda else None
+        self.header = _header(self.pieces)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of this rank's file."""
+        return len(self.header) + self.buffer.numel() * _FLOAT_BYTES
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Take the state as it is now."""
+        if self.pairs:
+            torch._foreach_copy_([part for part, _ in self.pairs], [source for _, source in self.pairs], non_blocking=True)
+        if self.copied:
+            self.copied.record()
+
+    def write(self, path: Path) -> Mapping[str, int | str]:
+        """Write the copy as a safetensors file and wait until the disk holds it; its size and sha256. For any thread."""
+        if self.copied:
+            self.copied.synchronize()
+        content = memoryview(self.buffer.numpy()).cast("B")
+        digest = hashlib.sha256()
+        with open(path, "xb", buffering=0) as file:
+            for part in (self.header, *(content[at : at + _PIECE_BYTES] for at in range(0, len(content), _PIECE_BYTES))):
+                digest.update(part)
+                _write_all(file.fileno(), part)
+            os.fsync(file.fileno())
+        return {"bytes": self.size_bytes, "sha256": digest.hexdigest()}
+
+
+def agreed_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files all verify, the files divided among the ranks; a damaged one is named and passed over.
+
+    Raises: RuntimeError if the ranks do not see the same one. Collective."""
+    for step in json.loads(_all_texts(json.dumps([step for step, _ in committed(run_dir)]))[0])[::-1]:
+        path = run_dir / "checkpoints" / f"step_{step:06d}"
+        checkpoint, verdict = None, ""
+        try:
+            checkpoint = read_checkpoint(path)
+            names = sorted(checkpoint.files)
+            verify_files(checkpoint, [names[number] for number in dist.share(len(names))])
+        except (ValueError, OSError) as error:
+            verdict = str(error)
+        verdicts = _all_texts(json.dumps([verdict, checkpoint.sha256 if checkpoint else ""]))
+        reasons, seals = zip(*(json.loads(text) for text in verdicts), strict=True)
+        if len(set(seals)) > 1:
+            raise RuntimeError(f"{path}: the ranks do not see the same checkpoint; RUN_DIR must be one folder that all nodes share")
+        if checkpoint is not None and not any(reasons):
             return checkpoint
+        if dist.is_rank_0():
+            logger.warning("checkpoint %s is damaged and not used: %s", path, next(filter(None, reasons)))
     return None
 
 
+def load_state(checkpoint: Checkpoint, state: State, pieces: Sequence[Piece]) -> None:
+    """Overwrite the shards of `state` with a verified checkpoint's values. pieces: of all ranks, from `agree_on_pieces`.
+
+    Raises: ValueError, on all ranks alike, where names or shapes are not those of the checkpoint.
+    Source: overlaps are found by torch.distributed.checkpoint's planner, as in its resharding."""
+    wanted = {piece.tensor: piece.shape for piece in pieces}
+    saved = _saved_tensors(checkpoint)
+    got = {name: shape for name, (shape, _) in saved.items()}
+    if wanted != got:
+        odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))[:3]
+        detail = "; ".join(f"{name}: got {got.get(name)}, wanted {wanted.get(name)}" for name in odd)
+        raise ValueError(f"{checkpoint.path}: its tensors do not fit the model: {detail}; the checkpoint belongs to another recipe")
+    _read_into(checkpoint, named_shards(state), saved)
+
+
 def read_tensors(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
-    """The tensors of one file by name, on the CPU.
+    """The whole tensors of one part (model, ema, optimizer) by name, on the CPU; the checkpoint has just been verified.
 
-    Raises: ValueError if the file's hash is not the manifest's."""
-    path = checkpoint.path / f"{part}.safetensors"
-    content = path.read_bytes()
-    if content_record(content) != _records(checkpoint.manifest)[path.name]:
-        raise ValueError(f"{path}: changed since it was verified; run the same command again to fall back to an older checkpoint")
-    return tensors_from_bytes(content)
-
-
-def delete_old_checkpoints(run_dir: Path, *, newest: int, keep_last: int) -> None:
-    """Delete all but the `keep_last` checkpoints up to step `newest`, which has just been committed, and what saves left unfinished.
-
-    One of a later step was found damaged when this attempt began; kept, it would count as one of the last."""
-    for step, path in _committed(run_dir):
-        if step > newest:
-            _delete(path)
-    for _, path in _committed(run_dir)[:-keep_last]:
-        _delete(path)
-    for path in (run_dir / "checkpoints").glob("*.tmp-*"):
-        shutil.rmtree(path)
+    Raises: ValueError if a file is not what the manifest says."""
+    saved = {name: entry for name, entry in _saved_tensors(checkpoint).items() if name.startswith(f"{part}/")}
+    whole = {name: Shard(shape, 0, torch.empty(shape)) for name, (shape, _) in saved.items()}
+    _read_into(checkpoint, whole, saved)
+    return {name.removeprefix(f"{part}/"): shard.values for name, shard in whole.items()}
 
 
-def _committed(run_dir: Path) -> list[tuple[int, Path]]:
-    """Folders with a checkpoint's name, oldest first."""
-    parent = run_dir / "checkpoints"
-    if not parent.is_dir():
-        return []
-    named = ((_NAME.fullmatch(path.name), path) for path in parent.iterdir())
-    return sorted((int(match[1]), path) for match, path in named if match)
-
-
-def _verified(path: Path) -> Checkpoint | None:
-    """The checkpoint in `path`, or None, with the reason in the log, where a file is not what the manifest says."""
+def _read_into(
+    checkpoint: Checkpoint, shards: Mapping[str, Shard], saved: Mapping[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]]
+) -> None:
+    reads: dict[str, list[tuple[str, int, Tensor]]] = {}
+    strided = []
+    for name, shard in shards.items():
+        values = shard.values
+        flat = values.view(-1) if values.is_contiguous() else torch.empty(values.numel())
+        if not values.is_contiguous():
+            strided.append((values, flat))
+        shape, places = saved[name]
+        metadata = TensorStorageMetadata(
+            TensorProperties(), torch.Size([torch.Size(shape).numel()]), [_chunk(*place[1:]) for place in places]
+        )
+        for item in create_read_items_for_chunk_list(name, metadata, [_chunk(shard.start, values.numel())]):
+            assert item.storage_index.index is not None
+            file = places[item.storage_index.index][0]
+            part = flat.narrow(0, item.dest_offsets[0], item.lengths[0])
+            reads.setdefault(file, []).append((name, item.storage_offsets[0], part))
     try:
-        manifest = _unsealed(path / "manifest.json")
-        step = manifest["step"]
-        if manifest["schema_version"] != SCHEMA_VERSION or not isinstance(step, int) or path.name != f"step_{step:06d}":
-            raise ValueError(f"manifest.json is not one of {path.name} in schema {SCHEMA_VERSION}")
-        for name, record in _records(manifest).items():
-            _verify_file(path / name, record)
-    except (OSError, KeyError, ValueError) as error:
-        logger.warning("checkpoint %s is damaged and not used: %s", path, error)
-        return None
-    return Checkpoint(step=step, path=path, manifest=manifest)
+        for file, wanted in sorted(reads.items()):
+            with safe_open(checkpoint.path / file, framework="pt") as tensors:
+                for name, offset, part in wanted:
+                    part.copy_(tensors.get_tensor(name).view(-1).narrow(0, offset, part.numel()))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint.path}: a file does not hold what its manifest says: {error}") from error
+    for values, flat in strided:
+        values.copy_(flat.view(values.shape))
 
 
-def _sealed(manifest: Mapping[str, object]) -> str:
-    """A manifest's text, closed by the hash of everything before it."""
-    return json_text({**manifest, "manifest_sha256": hashlib.sha256(json_text(manifest).encode()).hexdigest()})
+def _saved_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]]:
+    """Shape and pieces (file, start, count) of every tensor that the manifest lists."""
+    tensors = checkpoint.manifest.get("tensors")
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{checkpoint.path / 'manifest.json'}: has no list of tensors")
+    return dict(_saved_tensor(checkpoint, name, entry) for name, entry in tensors.items())
 
 
-def _unsealed(path: Path) -> dict[str, object]:
-    """The manifest in a file.
-
-    Raises: ValueError if a single byte of it is not as it was written."""
-    manifest = read_json_object(path)
-    manifest.pop("manifest_sha256", None)
-    if _sealed(manifest).encode() != path.read_bytes():
-        raise ValueError("manifest.json was changed after it was written")
-    return manifest
-
-
-def _records(manifest: Mapping[str, object]) -> dict[str, Mapping[str, int | str]]:
-    """The manifest's list of files: plain names only, so that none lies outside the checkpoint."""
-    files = manifest["files"]
-    if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
-        raise ValueError("manifest.json: 'files' must map names like model.safetensors to their size and sha256")
-    return files
+def _saved_tensor(checkpoint: Checkpoint, name: str, entry: object) -> tuple[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]]:
+    match entry:
+        case {"shape": [*shape], "pieces": [*places]} if all(place[0] in checkpoint.files for place in places):
+            whole = torch.Size(shape)
+            if sum(count for _, _, count in places) == whole.numel():
+                return name, (tuple(whole), [(file, start, count) for file, start, count in places])
+    raise ValueError(
+        f"{checkpoint.path / 'manifest.json'}: tensor {name} is {entry!r:.120}, wanted its shape and pieces of the files listed"
+    )
 
 
-def _verify_file(path: Path, record: Mapping[str, int | str]) -> None:
-    size = path.stat().st_size
-    if size != record["bytes"]:
-        raise ValueError(f"{path.name} has {size} bytes, the manifest says {record['bytes']}")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != record["sha256"]:
-        raise ValueError(f"{path.name} has sha256 {digest}, the manifest says {record['sha256']}")
+def _all_texts(text: str) -> list[str]:
+    return dist.all_gather_text(text)
 
 
-def _delete(path: Path) -> None:
-    """Take a checkpoint's name away first: a half-deleted one must not look committed."""
-    doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+def _chunk(start: int, count: int) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([count]))
+
+
+def _write_item(name: str, shape: Sequence[int], start: int, count: int) -> WriteItem:
+    data = TensorWriteData(chunk=_chunk(start, count), properties=TensorProperties(), size=torch.Size([torch.Size(shape).numel()]))
+    return WriteItem(index=MetadataIndex(name, torch.Size([start])), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def _header(pieces: Sequence[Piece]) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON, filled up so that the data is aligned.
+
+    Source: github.com/huggingface/safetensors, "Format"."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for piece in pieces:
+        size = piece.count * _FLOAT_BYTES
+        entries[piece.tensor] = {"dtype": "F32", "shape": list(piece.stored_shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """os.write may take less than it is given, as on a disk that fills up."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]

@@ -43,8 +43,12 @@ def init_process_group(*, timeout_seconds: float) -> None:
     Raises: RuntimeError if not all ranks come within `timeout_seconds`. Collective."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+        torch.backends.cudnn.allow_tf32 = False  # engine.precision=fp32 means fp32
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
+    if dist.is_initialized():
+        return
+    if size == 1:  # sharded engines want a group, if only of themselves
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         return
     number, limit = int(os.environ["RANK"]), timedelta(seconds=timeout_seconds)
     listening = os.environ.get("HALFSTEP_STORE_FD")
@@ -73,35 +77,48 @@ def all_reduce_sum(tensor: Tensor) -> None:
     """Add up `tensor` over the ranks, in place, in an order that depends on its size and the world size alone.
 
     Raises: PeerLost. Collective."""
-    if dist.is_initialized():
+    if world_size() > 1:
         with _PeerErrors("all_reduce"):
             dist.all_reduce(tensor)
 
 
-def all_gather_tensor(tensor: Tensor) -> Tensor:
+def all_gather_tensor(tensor: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Stack the ranks' tensors, which have one shape and dtype, along a new first axis.
 
-    Raises: PeerLost. Collective."""
-    if not dist.is_initialized():
+    group: another group of all ranks than the default one. Raises: PeerLost. Collective."""
+    if world_size() == 1:
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     with _PeerErrors("all_gather"):
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
 
 
-def all_gather_text(text: str) -> list[str]:
-    """Every rank's text of at most 256 bytes, in rank order. Raises: PeerLost. Collective."""
-    padded = text.encode()[:256].ljust(256, b"\0")
-    rows = all_gather_tensor(torch.tensor(list(padded), dtype=torch.uint8))
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+def all_gather_text(text: str, *, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Every rank's text, of any length, in rank order. Raises: PeerLost. Collective."""
+    content = text.encode()
+    if world_size() == 1:
+        return [text]
+    lengths = all_gather_tensor(torch.tensor([len(content)]), group=group).flatten().tolist()
+    padded = torch.frombuffer(bytearray(content.ljust(max(1, *lengths), b"\0")), dtype=torch.uint8)
+    rows = all_gather_tensor(padded, group=group)
+    return [row.numpy().tobytes()[:length].decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def broadcast_tensor(tensor: Tensor) -> None:
     """Overwrite `tensor` with rank 0's. Raises: PeerLost. Collective."""
-    if dist.is_initialized():
+    if world_size() > 1:
         with _PeerErrors("broadcast"):
             dist.broadcast(tensor, src=0)
+
+
+def new_cpu_group(*, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """Another gloo group of all ranks, for a thread that must not get in the way of the main one; None for a single rank. Collective."""
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup), "every rank belongs to it"
+    return group
 
 
 def any_rank(flag: bool) -> bool:

@@ -22,7 +22,7 @@ from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import respaced_betas
 from trainer.model_card import model_card
-from trainer.options import Options, optional_integer, optional_text
+from trainer.options import Options, optional_integer, optional_number, optional_text
 from trainer.sample import draw_images, grid_image, png
 from trainer.source import TIME_TABLE, Source, load_source, time_table, verified_contents
 from trainer.stages import halving_counts
@@ -38,7 +38,8 @@ _PREDICTION_TYPES: dict[Prediction, Literal["epsilon", "sample", "v_prediction"]
 def export_job(path: Path, options: Options) -> int:
     """Export a RUN_DIR, or the stage of a chain that samples in `steps` steps, and push it where asked to. Returns the exit code.
 
-    options: out (default: PATH/export), steps (of a chain: required), push (a Hub repository, owner/name).
+    options: out (default: PATH/export), steps (of a chain: required), ema (decay of the average; default: the run's first), push (a
+    Hub repository, owner/name).
     A push that fails is reported and ends with 1; the export itself stays.
     Raises: ValueError for a bad source or target."""
     if not dist.is_rank_0():
@@ -46,7 +47,7 @@ def export_job(path: Path, options: Options) -> int:
     steps, push = optional_integer(options, "steps"), optional_text(options, "push")
     if (path / "model_index.json").exists():
         raise ValueError(f"{path}: is an export already; give a RUN_DIR or a chain's directory")
-    source = load_source(path, steps)
+    source = load_source(path, steps, ema=optional_number(options, "ema"))
     if steps is not None and source.descriptor.step_count != steps:
         raise ValueError(
             f"{path}: no model samples in {steps} steps there, {source.path} takes {source.descriptor.step_count}; export that or --steps"
@@ -72,12 +73,21 @@ def export_run(run_dir: Path) -> Path:
 
 def exported_sha256(folder: Path) -> str | None:
     """sha256 of the weights that an export holds; None where there is no whole export."""
+    return _fact(folder, "weights_sha256")
+
+
+def exported_checkpoint(folder: Path) -> str | None:
+    """sha256 of the checkpoint that an export was made from; None where there is no whole export of one."""
+    return _fact(folder, "checkpoint_sha256")
+
+
+def _fact(folder: Path, name: str) -> str | None:
     try:
         manifest = read_json_object(folder / "manifest.json")
         verified_contents(folder, manifest)
     except ValueError:
         return None
-    digest = manifest.get("weights_sha256")
+    digest = manifest.get(name)
     return digest if isinstance(digest, str) else None
 
 
@@ -86,7 +96,8 @@ def write_export(source: Source, out: Path, *, repository: str | None = None) ->
 
     repository: the name that the card's example loads; None for the folder's own.
     Raises: ValueError if `out` is something other than an export, which is never overwritten."""
-    if exported_sha256(out) == source.weights_sha256 and read_json_object(out / "descriptor.json") == source.descriptor.to_json():
+    same = exported_sha256(out) == source.weights_sha256 and exported_checkpoint(out) == source.checkpoint_sha256
+    if same and read_json_object(out / "descriptor.json") == source.descriptor.to_json():
         return out
     if out.exists() and not (out / "model_index.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not an export and not empty; give --out another name or move it away")
@@ -193,6 +204,7 @@ def _fill(folder: Path, source: Source, *, name: str) -> None:
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "weights_sha256": source.weights_sha256,
+        "checkpoint_sha256": source.checkpoint_sha256,
         "trained_steps": source.trained_steps,
         "files": {file: content_record((folder / file).read_bytes()) for file in names},
     }

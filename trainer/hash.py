@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trainer import dist
 from trainer.chain import read_chain
-from trainer.checkpoint import newest_checkpoint, read_tensors
+from trainer.checkpoint import read_tensors
+from trainer.manifest import newest_checkpoint
 from trainer.options import Options
 
 

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules; the rate is a pure function of the step."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,12 +9,12 @@ from torch import Tensor
 from trainer.config import LRScheduleConfig, OptimConfig
 
 
-def build_optimizer(optim: OptimConfig, parameters: list[Tensor]) -> torch.optim.AdamW | torch.optim.Adam:
+def build_optimizer(optim: OptimConfig, parameters: Sequence[Tensor]) -> torch.optim.AdamW | torch.optim.Adam:
     """Adam or AdamW in one fused kernel; the loop sets the rate before each step.
 
     Source: Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101."""
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.kind]
-    return kind(parameters, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
+    return kind(list(parameters), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, schedule: LRScheduleConfig) -> float:

@@ -22,3 +22,17 @@ def optional_text(options: Options, name: str) -> str | None:
     value = options.get(name)
     assert value is None or isinstance(value, str), f"option {name} is {value!r}, wanted text"
     return value
+
+
+def flag(options: Options, name: str) -> bool:
+    """A yes or no; no where it is absent."""
+    value = options.get(name, False)
+    assert isinstance(value, bool), f"option {name} is {value!r}, wanted true or false"
+    return value
+
+
+def optional_number(options: Options, name: str) -> float | None:
+    """A number; None where it is absent or null."""
+    value = options.get(name)
+    assert value is None or (isinstance(value, int | float) and not isinstance(value, bool)), f"option {name} is {value!r}, wanted a number"
+    return value

@@ -19,8 +19,8 @@ from torch import Tensor
 from data_shards.files import replace_file
 from trainer import dist
 from trainer.chain import read_chain
-from trainer.checkpoint import newest_checkpoint
 from trainer.config_sections import Sampler
+from trainer.manifest import newest_checkpoint
 from trainer.models.tiny_unet import Denoiser
 from trainer.sample import draw_on_ranks, draw_share
 from trainer.source import Source, denoiser_on, load_source

@@ -182,13 +182,14 @@ def draw_on_ranks(
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> UInt8[Tensor, "b h w c"]:
     """Images 0 ... count - 1 of `seed` on every rank, each rank having drawn a contiguous share. Collective."""
-    share = dist.share(count)
-    drawn = draw_share(predict, levels, steps=steps, seed=seed, indices=share, sampler=sampler, batch_size=batch_size, device=dist.device())
-    # Shares differ by one at most, but a gather wants equal shapes: the shorter ones are filled up and cut again.
-    longest = -(-count // dist.world_size())
-    filled = torch.zeros((longest, *drawn.shape[1:]), dtype=torch.uint8)
-    filled[: len(drawn)] = drawn
-    gathered = dist.all_gather_tensor(filled.to(dist.device())).cpu()
+    # Shares differ by one at most. All ranks draw as many images as the longest has: a gather wants equal shapes, and a network
+    # that is shared among the ranks wants equally many calls. What a shorter share draws beyond its end is cut again.
+    first, longest = dist.share(count).start, -(-count // dist.world_size())
+    indices = range(first, first + longest)
+    drawn = draw_share(
+        predict, levels, steps=steps, seed=seed, indices=indices, sampler=sampler, batch_size=batch_size, device=dist.device()
+    )
+    gathered = dist.all_gather_tensor(drawn.to(dist.device())).cpu()
     bounds = [count * number // dist.world_size() for number in range(dist.world_size() + 1)]
     return torch.cat([part[: last - first] for part, (first, last) in zip(gathered, pairwise(bounds), strict=True)])
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import final
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from data_shards.files import content_record, read_json_object
 from trainer.chain import read_chain
-from trainer.checkpoint import newest_checkpoint, read_tensors
+from trainer.checkpoint import read_tensors
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
+from trainer.engines.precision import lower_type
 from trainer.hash import tensors_sha256
+from trainer.manifest import Checkpoint, newest_checkpoint
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
 
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -32,7 +34,7 @@ class Source:
     """A model ready to sample: EMA weights in fp32 on the CPU, conditioned on original times, and what is known of it.
 
     alpha_bar: the full table of T levels that the descriptor's timesteps index. weights_sha256: of the EMA weights.
-    trained_steps: optimizer steps in the checkpoint; None where only the weights are known."""
+    trained_steps, checkpoint_sha256: of the checkpoint; None where only the weights are known."""
 
     model: UNet2DModel
     descriptor: Descriptor
@@ -41,12 +43,14 @@ class Source:
     weights_sha256: str
     path: Path
     trained_steps: int | None = None
+    checkpoint_sha256: str | None = None
 
 
-def load_source(path: Path, steps: int | None = None) -> Source:
+def load_source(path: Path, steps: int | None = None, *, ema: float | None = None) -> Source:
     """Load the EMA weights of a RUN_DIR's newest checkpoint, of a chain's stage, or of an export folder.
 
-    steps: picks the chain's stage whose student samples in so many steps; where none does, its teacher. Nothing is unpickled.
+    steps: picks the chain's stage whose student samples in so many steps; where none does, its teacher. ema: picks a run's average
+    by its decay; None for the first. Nothing is unpickled.
     Raises: ValueError if there is no such source, or its descriptor, hashes, recipe and weights contradict each other."""
     if not path.exists():
         raise ValueError(f"{path}: not there; wanted a RUN_DIR, a chain's directory or an export folder")
@@ -57,23 +61,24 @@ def load_source(path: Path, steps: int | None = None) -> Source:
         stage = next((stage for stage in stages if stage.steps == steps), stages[0])
         if not stage.run_dir.exists():
             raise ValueError(f"{stage.run_dir}: this stage has not been started; run `halfstep distill` with --run-dir {path} to go on")
-        return load_source(stage.run_dir)
+        return load_source(stage.run_dir, ema=ema)
     if (path / "recipe.yaml").exists():
-        return _load_run(path)
+        return _load_run(path, ema=ema)
     raise ValueError(f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json) nor an export (model_index.json); give one of these")
 
 
-def denoiser_on(model: nn.Module, device: torch.device, *, precision: Literal["fp32", "bf16"] = "fp32") -> Denoiser:
+def denoiser_on(model: nn.Module, device: torch.device, *, precision: str = "fp32") -> Denoiser:
     """A network as a plain function on `device`, to which it is moved; precision: of its activations, the output is fp32."""
     predict = denoiser(model.to(device))
-    if precision == "fp32":
+    lower = lower_type(precision)
+    if lower is None:
         return predict
 
-    def predict_in_bf16(x_t: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        with torch.autocast(device.type, torch.bfloat16):
+    def predict_in_lower_type(x_t: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+        with torch.autocast(device.type, lower):
             return predict(x_t, timestep).float()
 
-    return predict_in_bf16
+    return predict_in_lower_type
 
 
 def time_table(model: UNet2DModel, timesteps: Sequence[int]) -> Float[Tensor, "n c"]:
@@ -81,7 +86,7 @@ def time_table(model: UNet2DModel, timesteps: Sequence[int]) -> Float[Tensor, "n
     return model.time_proj(torch.tensor(timesteps, dtype=torch.float32, device="cpu"))
 
 
-def _load_run(run_dir: Path) -> Source:
+def _load_run(run_dir: Path, *, ema: float | None) -> Source:
     recipe_path = run_dir / "recipe.yaml"
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
@@ -90,10 +95,21 @@ def _load_run(run_dir: Path) -> Source:
         )
     manifest = checkpoint.path / "manifest.json"
     descriptor = Descriptor.from_json(checkpoint.manifest.get("descriptor"), where=str(manifest))
-    recipe, tensors = load_recipe(recipe_path, ()), read_tensors(checkpoint, "ema")
-    source = _assemble(run_dir, descriptor, recipe=recipe, tensors=tensors, trained_steps=checkpoint.step)
-    _check_weights(source, checkpoint.manifest.get("ema_sha256"), where=manifest)
-    return source
+    recipe, tensors = load_recipe(recipe_path, ()), read_tensors(checkpoint, _average(checkpoint, ema))
+    return _assemble(run_dir, descriptor, recipe=recipe, tensors=tensors, checkpoint=checkpoint)
+
+
+def _average(checkpoint: Checkpoint, decay: float | None) -> str:
+    """The part of a checkpoint that holds the average of this decay; None: the first one.
+
+    Raises: ValueError naming the decays that there are."""
+    decays = checkpoint.manifest.get("ema_decays")
+    kept = decays if isinstance(decays, list) else []
+    if decay is None or decay == kept[0]:
+        return "ema"
+    if decay not in kept:
+        raise ValueError(f"{checkpoint.path}: has no average of decay {decay}; give one of {', '.join(map(str, kept))}")
+    return f"ema_{kept.index(decay)}"
 
 
 def _load_export(folder: Path) -> Source:
@@ -109,7 +125,7 @@ def _load_export(folder: Path) -> Source:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: not a safetensors file: {error}; export the run again") from error
     table = tensors.pop(TIME_TABLE, None)
-    source = _assemble(folder, descriptor, recipe=load_recipe(folder / "recipe.yaml", ()), tensors=tensors, trained_steps=None)
+    source = _assemble(folder, descriptor, recipe=load_recipe(folder / "recipe.yaml", ()), tensors=tensors, checkpoint=None)
     _check_weights(source, manifest.get("weights_sha256"), where=folder / "manifest.json")
     if table is not None:
         wanted = time_table(source.model, descriptor.timesteps)
@@ -138,7 +154,9 @@ def verified_contents(folder: Path, manifest: Mapping[str, object]) -> dict[str,
     return contents
 
 
-def _assemble(path: Path, descriptor: Descriptor, *, recipe: RunConfig, tensors: dict[str, Tensor], trained_steps: int | None) -> Source:
+def _assemble(
+    path: Path, descriptor: Descriptor, *, recipe: RunConfig, tensors: dict[str, Tensor], checkpoint: Checkpoint | None
+) -> Source:
     alpha_bar = build_alpha_bar(recipe.noise_schedule)
     _check_descriptor(path, descriptor, recipe, alpha_bar=alpha_bar)
     # On the meta device no random number is drawn and no memory taken before the weights are there.
@@ -153,7 +171,8 @@ def _assemble(path: Path, descriptor: Descriptor, *, recipe: RunConfig, tensors:
         recipe=recipe,
         weights_sha256=tensors_sha256(tensors),
         path=path,
-        trained_steps=trained_steps,
+        trained_steps=checkpoint and checkpoint.step,
+        checkpoint_sha256=checkpoint and checkpoint.sha256,
     )
 
 

@@ -1,25 +1,53 @@
-"""Requests to stop: a signal sets a flag, the loop asks for it at step boundaries."""
+"""Requests to stop: a signal or a time limit sets a flag, the loop asks for it at step boundaries."""
 
+import os
+import select
 import signal
+import threading
+import time
 from types import FrameType
 from typing import final
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""What asks a rank to stop. SIGHUP (a closed terminal) only where nobody had it ignored, as nohup does."""
 
 
 @final
 class StopRequest:
-    """Whether this process was asked to stop, and by what."""
+    """Whether this process was asked to stop, and by what.
+
+    A Python signal handler waits until the main thread is back from C++, 15 s late in a collective; so the interpreter's
+    wakeup descriptor tells a thread of its own, which sets the flag at once."""
 
     def __init__(self) -> None:
         self.reason = ""
+        """What asked first: a signal's name or "time limit"; empty while nothing has."""
         self.steps_left: int | None = None
         """Optimizer steps that this attempt may still take (train.stop_after_steps); None before the first run has said."""
+        self._started = time.monotonic()
+        self._limit_is_known = False
+        self._deadline: float | None = None
+        self._wakeup: int | None = None
 
     def install(self) -> None:
-        """Let SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set the flag from now on."""
-        for number in _SIGNALS:
-            signal.signal(number, self._note)
+        """Let STOP_SIGNALS set the flag from now on, also those that were blocked and have come already; main thread only.
+
+        Processes forked later (a loader's) leave them to this one."""
+        signal.set_wakeup_fd(self._listen(), warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
+        os.register_at_fork(before=_block_signals, after_in_parent=unblock_signals, after_in_child=_leave_to_the_parent)
+        unblock_signals()
+
+    def limit_minutes(self, minutes: float | None) -> None:
+        """Set the flag so many minutes after this object was made; the first call counts, a chain's later stages say it again."""
+        if self._limit_is_known:
+            return
+        self._limit_is_known = True
+        if minutes is not None:
+            self._deadline = self._started + minutes * 60
+            os.write(self._listen(), b"\0")
 
     def may_take(self, steps: int | None) -> int | None:
         """How many steps are left of the attempt's limit, which the attempt's first run gives; None without one."""
@@ -33,4 +61,39 @@ class StopRequest:
             self.steps_left -= steps
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.reason = self.reason or signal.Signals(number).name
+
+    def _listen(self) -> int:
+        """The descriptor that wakes the thread, which is started with the first call."""
+        if self._wakeup is None:
+            reading, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)  # a full pipe loses signals, not time: one is enough
+            threading.Thread(target=self._serve, args=(reading,), name="stop", daemon=True).start()
+        return self._wakeup
+
+    def _serve(self, reading: int) -> None:
+        """Read signal numbers until the process ends; other numbers come from other handlers (SIGCHLD) or only wake."""
+        poller = select.poll()
+        poller.register(reading, select.POLLIN)
+        while True:
+            deadline = None if self.reason else self._deadline
+            if not poller.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000):
+                self.reason = self.reason or "time limit"
+                continue
+            for number in os.read(reading, 4096):
+                if number in STOP_SIGNALS:
+                    self._note(number, None)
+
+
+def unblock_signals() -> None:
+    """Let STOP_SIGNALS in, which launchers block in a rank until it can answer them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _block_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _leave_to_the_parent() -> None:
+    """In a forked child: the signals stay blocked, and none of its own wakes the parent's thread."""
+    signal.set_wakeup_fd(-1)

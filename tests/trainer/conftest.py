@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint import write_checkpoint
 from trainer.config import (
     CosineClampedNoiseSchedule,
     DataConfig,
@@ -25,8 +24,8 @@ from trainer.config import (
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
-from trainer.hash import tensors_sha256
 from trainer.models.tiny_unet import build_tiny_unet
+from trainer.save import write_checkpoint
 from trainer.stages import grid
 
 IMAGE_SIZE = 8
@@ -80,7 +79,7 @@ def _write_run(
     generator = torch.Generator().manual_seed(seed)
     random = {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in model.state_dict().items()}
     parts = {"model": {name: tensor + 0.01 for name, tensor in random.items()}, "ema": random}
-    write_checkpoint(run_dir, 7, parts=parts, facts={"descriptor": descriptor.to_json(), "ema_sha256": tensors_sha256(random)})
+    write_checkpoint(run_dir, 7, parts=parts, facts={"descriptor": descriptor.to_json(), "ema_decays": [0.995]})
     return run_dir
 
 

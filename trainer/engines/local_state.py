@@ -1,0 +1,96 @@
+"""This rank's part of weights, Adam's moments and averages: fp32 buffers, and where each parameter lies in them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from trainer.config import EmaConfig
+from trainer.ema import ema_decay
+from trainer.engines.engine import Shard
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """Where this rank's part of a parameter lies: elements start ... start + count - 1 of the whole, from `offset` on in a buffer."""
+
+    shape: tuple[int, ...]
+    start: int
+    buffer: int
+    offset: int
+    count: int
+    channels_last: bool = False
+    """The (whole) parameter lies in the buffer in channels-last order."""
+
+    def view(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The part in one kind of buffers, in the parameter's shape if it is the whole parameter, else flat."""
+        part = buffers[self.buffer].detach()[self.offset : self.offset + self.count]
+        if self.channels_last and len(self.shape) == 4:
+            out_channels, in_channels, height, width = self.shape
+            return part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
+        return part.view(self.shape) if self.start == 0 and self.count == _numel(self.shape) else part
+
+
+@final
+class LocalState:
+    """The fp32 buffers of one rank. Adam's step count is that of the loop, so that a step left out counts too."""
+
+    def __init__(self, weights: Sequence[Tensor], places: Mapping[str, Place], *, optimizer: torch.optim.Optimizer, ema: EmaConfig) -> None:
+        """weights: flat buffers that `optimizer` updates. places: of every trained parameter of which this rank has a part."""
+        self.weights, self.places, self.optimizer, self.warmup = list(weights), places, optimizer, ema.warmup
+        self.decays = (ema.decay, *ema.more_decays)
+        self.averages = [[buffer.detach().clone() for buffer in self.weights] for _ in self.decays]
+        for buffer in self.weights:
+            moments = {moment: torch.zeros_like(buffer.detach()) for moment in MOMENTS}
+            self.optimizer.state[buffer] = {"step": torch.zeros((), device=buffer.device), **moments}
+
+    def shards(self) -> dict[str, dict[str, Shard]]:
+        """See Engine.state."""
+        moments = {moment: [self.optimizer.state[buffer][moment] for buffer in self.weights] for moment in MOMENTS}
+        named = {f"ema_{number}" if number else "ema": self._named(average) for number, average in enumerate(self.averages)}
+        optimizer = {f"{moment}.{name}": shard for moment, buffers in moments.items() for name, shard in self._named(buffers).items()}
+        return {"model": self._named(self.weights), **named, "optimizer": optimizer}
+
+    def prepare(self, step: int, *, learning_rate: float) -> None:
+        """Set what the optimizer's next call takes from the loop: the rate, and how many steps came before."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for buffer in self.weights:
+            count = self.optimizer.state[buffer]["step"]
+            if isinstance(count, Tensor):
+                count.fill_(step)
+            else:  # DeepSpeed's CPU Adam counts with a plain number
+                self.optimizer.state[buffer]["step"] = step
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Move every average towards the weights as they are after optimizer step `step`."""
+        for decay, average in zip(self.decays, self.averages, strict=True):
+            torch._foreach_lerp_(average, self.weights, 1 - ema_decay(step, decay=decay, warmup=self.warmup))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The first average in the weights' place; the trained weights come back."""
+        trained = [buffer.detach().clone() for buffer in self.weights]
+        self._overwrite(self.averages[0])
+        try:
+            yield
+        finally:
+            self._overwrite(trained)
+
+    @torch.no_grad()
+    def _overwrite(self, values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self.weights, list(values))
+
+    def _named(self, buffers: Sequence[Tensor]) -> dict[str, Shard]:
+        return {name: Shard(shape=place.shape, start=place.start, values=place.view(buffers)) for name, place in self.places.items()}
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,36 @@
+"""The type of activations: torch's autocast around forwards, the same on every engine."""
+
+import torch
+
+from trainer import dist
+
+_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def lower_type(precision: str) -> torch.dtype | None:
+    """The type of bf16's or fp16's activations; None for fp32."""
+    return _TYPES[precision]
+
+
+def autocast(precision: str) -> torch.autocast:
+    """The context for forwards on this rank's device; backwards follow by themselves."""
+    dtype = lower_type(precision)
+    return torch.autocast(dist.device().type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def check_precision(precision: str) -> None:
+    """Try the precision on this rank's device with one small convolution, forwards and backwards.
+
+    Raises: ValueError if the device cannot."""
+    if precision == "fp32":
+        return
+    device = dist.device()
+    layer = torch.nn.Conv2d(4, 4, 3, device=device)
+    # The weights are drawn from the default generator, but the recipe's own are seeded after this.
+    try:
+        with autocast(precision):
+            output = layer(torch.ones(1, 4, 8, 8, device=device))
+        output.float().sum().backward()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"engine.precision={precision}: {device} cannot compute in it ({reason}); set engine.precision=fp32") from error

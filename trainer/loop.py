@@ -1,0 +1,312 @@
+"""The loop: optimizer steps with their data, ledger, metrics, samples and saves, until done or asked to stop."""
+
+import errno
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import final
+
+from torch import Tensor
+
+from data_shards.index import ShardIndex
+from data_shards.plan import Plan
+from data_shards.read import MicroBatches, loader
+from data_shards.sample import MicroBatch
+from trainer import dist
+from trainer.checkpoint import Piece
+from trainer.config import RunConfig, identity
+from trainer.draws import draw
+from trainer.engines.engine import Engine, LossPerImage, StepResult
+from trainer.exit_codes import CALL_AGAIN, DONE
+from trainer.export import export_run
+from trainer.manifest import Checkpoint, Retention
+from trainer.metrics import Ledger, Reporter, Workload, cut_ledgers, measure_step
+from trainer.models.encode import encode_pixels
+from trainer.models.flops import peak_flops
+from trainer.models.tiny_unet import Denoiser
+from trainer.numeric import BadSteps, LossAverage, RollBack
+from trainer.optim import learning_rate
+from trainer.rng import derive_seed, seed_dropout
+from trainer.sample import draw_grid
+from trainer.save import Saver
+from trainer.stop import StopRequest
+from trainer.task import Task
+from trainer.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+GRID_SEED = 0
+"""Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
+VOTES = 2
+"""What the ranks tell each other in every step's own reduction: the wish to stop, and that a save has ended."""
+_SAVE_TIMEOUT_SECONDS = 1800.0
+
+
+@final
+class Loop:
+    """One attempt at a run: its files and its place."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        index: ShardIndex,
+        task: Task,
+        engine: Engine,
+        pieces: Sequence[Piece],
+        *,
+        checkpoint: Checkpoint | None,
+        stop: StopRequest,
+        watch: Watch,
+    ) -> None:
+        """checkpoint: what `engine` holds; None for step 0. pieces: of the engine's state, on all ranks. Collective."""
+        self.config, self.run_dir, self.index, self.task, self.engine = config, run_dir, index, task, engine
+        self.stop, self.watch = stop, watch
+        self.start_step = checkpoint.step if checkpoint else 0
+        self.keys: dict[int, Sequence[str]] = {}
+        saved_average = checkpoint.manifest.get("loss_average") if checkpoint else None
+        self.average = LossAverage(spike_factor=config.numeric.spike_factor, saved=saved_average)
+        self.losses_since_save: list[float] = []
+        self.saver = Saver(
+            run_dir,
+            engine.state(),
+            pieces,
+            retention=Retention(
+                keep_last=config.checkpoint.keep_last,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                keep_best=config.checkpoint.keep_best,
+                good=[checkpoint.step] if checkpoint else [],
+            ),
+            asynchronous=config.checkpoint.asynchronous,
+            timeout_seconds=_SAVE_TIMEOUT_SECONDS,
+            before_commit=self._make_reports_durable,
+            progress=watch.saving,
+            may_commit=lambda: watch.lease is None or watch.lease.held(),
+        )
+
+    def go(self) -> int:
+        """Run to the end or to a request to stop; returns the worker's exit code. Collective."""
+        self._open()
+        try:
+            step = self._take_steps()
+        except RollBack:
+            self.saver.finish()
+            raise
+        finally:
+            self._close()
+        self.stop.took(step - self.start_step)
+        if step < self.config.train.steps:
+            logger.info("stopped at step %d of %d; the same command goes on from there", step, self.config.train.steps)
+            return CALL_AGAIN
+        self.watch.phase("export", step)
+        if dist.is_rank_0():
+            export_run(self.run_dir)
+        dist.barrier()
+        return DONE
+
+    def _take_steps(self) -> int:
+        """The loop; returns how many steps the run has now, all of them committed."""
+        config, train, start_step = self.config, self.config.train, self.start_step
+        last_step = min(train.steps, start_step + (self.stop.steps_left or train.steps))
+        batches, step, asked = self._batches(start_step, last_step), start_step, False
+        work = self._workload()
+        boundary = time.perf_counter()
+        while True:
+            ends = step in (train.steps, last_step) or asked
+            saves = step > start_step and (ends or step % config.checkpoint.every_steps == 0)
+            draws = config.logging.sample_every_steps and (step % config.logging.sample_every_steps == 0 or step == train.steps)
+            if saves:
+                self._save(step)
+            if draws:
+                self._draw_samples(step)
+            if ends:
+                self.watch.phase("join", step)
+                self.saver.finish()
+                return step
+            if saves or draws:
+                boundary = time.perf_counter()
+            if step in self.bad_steps.left_out:
+                self._pass_over(batches)
+                step += 1
+                continue
+            self.data_wait_seconds = 0.0
+            rate = learning_rate(step, peak=config.optim.learning_rate, total_steps=train.steps, schedule=config.lr_schedule)
+            limit = self.average.limit
+            votes = (float(bool(self.stop.reason)), float(self.saver.ended))
+            result = self.engine.step(step, self._losses(batches, step), learning_rate=rate, votes=votes, loss_limit=limit)
+            stops, ended = result.votes
+            asked = stops > 0
+            self.ledger.flush()
+            # A step's seconds include the report of the one before, but neither checkpoints nor samples.
+            now = time.perf_counter()
+            if self._counts(step, result, limit) and self.reporter and (step % config.logging.every_steps == 0 or step + 1 == train.steps):
+                self.reporter.write_step(
+                    measure_step(
+                        step,
+                        work,
+                        loss=result.loss,
+                        gradient_norm=result.gradient_norm,
+                        learning_rate=rate,
+                        step_seconds=now - boundary,
+                        data_wait_seconds=self.data_wait_seconds,
+                    )
+                )
+            boundary = now
+            step += 1
+            if ended == dist.world_size():
+                self._end_save(step)
+
+    def _counts(self, step: int, result: StepResult, limit: float | None) -> bool:
+        """Whether the step moved the weights; one that was bad is dealt with."""
+        match result.outcome:
+            case "applied":
+                self.average.add(result.loss)
+                self.losses_since_save.append(result.loss)
+                return True
+            case "overflow":
+                logger.info("step %d: fp16 overflow, the loss scale is lowered", step)
+                return False
+            case "bad":
+                self.bad_steps.add(step, result, loss_limit=limit, keys=self.keys)
+                logger.warning("step %d was bad and is left out; %s says why", step, self.bad_steps.path)
+                return False
+
+    def _open(self) -> None:
+        config, start_step = self.config, self.start_step
+        if dist.is_rank_0():
+            cut_ledgers(self.run_dir, before_step=start_step)
+        dist.barrier()
+        self.ledger = Ledger(self.run_dir, dist.rank(), max_bad_samples=config.data.max_bad_samples)
+        numeric = config.numeric
+        self.bad_steps = BadSteps(self.run_dir, start_step=start_step, action=numeric.on_bad_step, budget=numeric.max_bad_steps)
+        dist.barrier()  # all have counted before one writes
+        self.reporter = None
+        if dist.is_rank_0():
+            self.reporter = Reporter(
+                self.run_dir,
+                start_step=start_step,
+                total_steps=config.train.steps,
+                recipe_text=(self.run_dir / "recipe.yaml").read_text(),
+                hyperparameters=identity(config),
+                title=self.run_dir.name,
+            )
+
+    def _workload(self) -> Workload:
+        peak = peak_flops(dist.device(), self.config.engine.precision)
+        return Workload(
+            images=self.config.data.global_batch_size,
+            flops_per_image=self.task.flops_per_image,
+            peak_flops=peak and peak * dist.world_size(),
+            device=dist.device(),
+        )
+
+    def _batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
+        data = self.config.data
+        plan = Plan(
+            self.index.samples_per_shard,
+            seed=derive_seed(self.config.seed, "order"),
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size,
+        )
+        dataset = MicroBatches(self.index, plan, on_bad_sample=data.on_bad_sample)
+        return iter(
+            loader(
+                dataset,
+                start_step=start_step,
+                stop_step=stop_step,
+                indices=dist.share(self.config.micro_batches),
+                workers=data.workers,
+                pin=dist.device().type == "cuda",
+            )
+        )
+
+    def _losses(self, batches: Iterator[MicroBatch], step: int) -> Iterator[LossPerImage]:
+        """This rank's micro-batches of one step, as functions of the denoiser."""
+        config, device = self.config, dist.device()
+        for index in dist.share(config.micro_batches):
+            self.watch.phase("data", step)
+            waited = time.perf_counter()
+            batch = next(batches)
+            self.data_wait_seconds += time.perf_counter() - waited
+            self.watch.phase("compute", step)
+            count, channels, height, width = batch.images.shape
+            draws = draw(
+                config.seed,
+                step,
+                index,
+                shape=(count, channels, height, width),
+                micro_batches=config.micro_batches,
+                stratified=self.task.stratified,
+            )
+            replaced = [str(bad) for bad in batch.replaced]
+            self.ledger.write(step, index, keys=batch.keys, draws_sha256=draws.sha256(), replaced=replaced)
+            self.keys[index] = batch.keys
+            flips = draws.flips.to(device) if config.data.horizontal_flip else None
+            x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips)
+            seed_dropout(config.seed, step, index)
+            yield lambda model, x_0=x_0, draws=draws: self.task.objective(model, x_0, draws)
+        self.watch.phase("reduce", step)
+
+    def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
+        """Read a step's micro-batches without using them."""
+        for _ in dist.share(self.config.micro_batches):
+            next(batches)
+
+    def _save(self, step: int) -> None:
+        """Start the commit of the state after `step` steps; the one before has to end first."""
+        self.watch.phase("join", step)
+        self._end_save(step)
+        self.watch.phase("stage", step)
+        losses, self.losses_since_save = self.losses_since_save, []
+        facts = {
+            "world_size": dist.world_size(),
+            "engine": self.config.engine.kind,
+            "descriptor": self.task.descriptor.to_json(),
+            "ema_decays": [self.config.ema.decay, *self.config.ema.more_decays],
+            "loss_scale": dict(self.engine.loss_scale()),
+            "loss_average": self.average.to_json(),
+            "mean_loss": sum(losses) / len(losses) if losses else None,
+            "final": step == self.config.train.steps,
+        }
+        self.saver.start(step, facts)
+
+    def _end_save(self, step: int) -> None:
+        """Learn how the save on its way ended; a full disk may be survived if the recipe says so."""
+        try:
+            self.saver.finish()
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or self.config.checkpoint.on_disk_full == "stop":
+                raise
+            logger.warning("step %d: %s; the run goes on without it", step, error)
+
+    def _make_reports_durable(self) -> None:
+        """What was reported of the steps that a checkpoint holds outlives it; called by the thread that saves."""
+        self.ledger.sync()
+        if self.reporter:
+            self.reporter.sync()
+
+    def _draw_samples(self, step: int) -> None:
+        """Draw the sample grids, the images divided among the ranks."""
+        self.watch.phase("sample", step)
+        logs = self.config.logging
+
+        def ticking(predict: Denoiser) -> Denoiser:
+            def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
+                self.watch.tick()
+                return predict(x_t, timestep)
+
+            return evaluate
+
+        with self.engine.averaged() as averaged:
+            ema = draw_grid(ticking(averaged), self.task, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
+        raw = draw_grid(ticking(self.engine.raw()), self.task, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
+        if self.reporter:
+            self.reporter.write_samples(step, {"ema": ema, "raw": raw})
+
+    def _close(self) -> None:
+        """Leave files whole and the terminal tidy, however the loop ended."""
+        self.ledger.close()
+        if self.reporter:
+            self.reporter.close()
