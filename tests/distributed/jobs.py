@@ -4,15 +4,57 @@ import threading
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from data_shards.index import ShardIndex
 from trainer import dist
+from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, read_tensors
+from trainer.config_io import load_recipe
 from trainer.stop import StopRequest
-from trainer.train import train
+from trainer.task import build_task
+from trainer.train import build_engine, restore, train
+from trainer.watch import Watch
+
+HANG_SECONDS = 100.0
+"""After which a rank in a hang ends itself, with its stacks in RUN_DIR/logs; within the pool's limit of a job."""
 
 
 def train_run(run_dir: str) -> int:
     """Train the run to its end; returns the worker's exit code. Collective."""
-    return train(Path(run_dir), StopRequest())
+    path = Path(run_dir)
+    watch = Watch(path, rank=dist.rank(), world_size=dist.world_size(), limit_seconds=HANG_SECONDS)
+    try:
+        return train(path, StopRequest(), watch)
+    finally:
+        watch.close()
+
+
+def load_run(run_dir: str) -> dict[str, object]:
+    """Load a run's newest checkpoint into its recipe's engine. Collective.
+
+    Returns `different`: tensors of which this rank holds an element that is not, bit for bit, the saved one; and `elements`: how
+    many this rank holds, by part."""
+    path = Path(run_dir)
+    config, checkpoint = load_recipe(path / "recipe.yaml", []), agreed_checkpoint(path)
+    assert checkpoint is not None, f"{path}: no checkpoint"
+    task = build_task(config, path, ShardIndex.load(path / str(config.data.shards)).image_size)
+    engine = build_engine(config, task)
+    restore(engine, checkpoint, task, agree_on_pieces(engine.state()))
+    different, elements = [], {}
+    for part, shards in engine.state().items():
+        saved = read_tensors(checkpoint, part)
+        for name, shard in shards.items():
+            count = shard.values.numel()
+            expected = saved[name].reshape(-1)[shard.start : shard.start + count]
+            if not torch.equal(_bits(shard.values), _bits(expected)):
+                different.append(f"{part}/{name}")
+            elements[part] = elements.get(part, 0) + count
+    return {"different": different, "elements": elements}
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Row-major, so that -0.0 and NaN count as what they are."""
+    return values.detach().contiguous().view(-1).view(torch.int32)
 
 
 def sum_over_ranks(value: float) -> tuple[int, float]:
