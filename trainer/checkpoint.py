@@ -122,7 +122,7 @@ class Staging:
         """Write the copy as a safetensors file and wait until the disk holds it; its size and sha256. For any thread."""
         if self.copied:
             self.copied.synchronize()
-        content = memoryview(self.buffer.numpy()).cast("B")
+        content = self.buffer.numpy().data.cast("B")
         digest = hashlib.sha256()
         with open(path, "xb", buffering=0) as file:
             for part in (self.header, *(content[at : at + _PIECE_BYTES] for at in range(0, len(content), _PIECE_BYTES))):

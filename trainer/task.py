@@ -14,11 +14,11 @@ from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunCo
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.draws import Draws
+from trainer.engines.frozen import place_frozen
 from trainer.engines.precision import lower_type
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.attention import Kernels, use_attention
 from trainer.models.flops import forward_flops
-from trainer.models.frozen import place_frozen
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser, shard_units
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss
