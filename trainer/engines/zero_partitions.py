@@ -23,6 +23,8 @@ class ZeroOptimizer(Protocol):
 
     def update_lp_params(self) -> None: ...
 
+    def _partition_all_parameters(self) -> None: ...
+
     def _reassign_or_swap_out_partitioned_parameters(self, group: int) -> None: ...
 
 
@@ -44,9 +46,10 @@ def publish(zero: ZeroOptimizer, *, stage: int) -> None:
     if stage < 3:
         zero.update_lp_params()
         return
+    # Small parameters stay whole on every rank between steps: they are given back and gathered anew, or they keep their old values.
+    zero._partition_all_parameters()
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
-    # Small parameters are whole on every rank and would otherwise keep their old values.
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
