@@ -24,8 +24,8 @@ _FILE_BYTES = 512
 _PHASE_BYTES = 18
 _SAVING_BYTES = 98
 _TIME_BYTES = 14
-_START_SECONDS = 600.0
-"""What the phase `start` may last at least: importing torch from a cold network file system takes minutes."""
+_MORE_SECONDS = {"start": 600.0, "rendezvous": 20.0}
+"""What a phase may last beyond the limit: importing torch from a cold network file system takes minutes, and not the same on each host."""
 _LAST_SECONDS = 10.0
 """What a rank that ends itself may take: the file system may hang too."""
 _WAITING = frozenset({"rendezvous", "reduce", "end"})
@@ -57,11 +57,21 @@ class Watch:
     The main thread says what it does with `phase`. Where it says nothing for `limit_seconds`, the thread writes all stacks,
     names the rank at fault and ends the process with 70. Time in which the whole process stood still does not count."""
 
-    def __init__(self, run_dir: Path, *, rank: int, world_size: int, limit_seconds: float, lease: Lease | None = None) -> None:
-        """Begin in phase `start`. lease: the run's, renewed with every beat; rank 0 alone has it.
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        limit_seconds: float,
+        several_hosts: bool = False,
+        lease: Lease | None = None,
+    ) -> None:
+        """Begin in phase `start`. several_hosts: whether other hosts' ranks read the file. lease: renewed with every beat; rank 0's.
 
         Raises: OSError."""
         self.lease = lease
+        self._several_hosts = several_hosts
         self._run_dir, self._rank, self._world_size, self._limit_seconds = run_dir, rank, world_size, limit_seconds
         self._interval = min(5.0, max(0.2, limit_seconds / 60))
         (run_dir / "heartbeats").mkdir(exist_ok=True)
@@ -90,6 +100,8 @@ class Watch:
 
     def saving(self, name: str) -> None:
         """Say what a save in the background does from now on, "" when it is over; from the thread that saves."""
+        if self._phase == "join":
+            self._moved = True  # what the main thread waits for goes on
         self._map[self._save] = json.dumps(name[: _SAVING_BYTES // 6 - 1]).encode().ljust(_SAVING_BYTES)
 
     def close(self) -> None:
@@ -108,12 +120,17 @@ class Watch:
         self._save = slice(self._main.stop + 12, self._main.stop + 12 + _SAVING_BYTES)
         self._last = slice(self._save.stop + 10, self._save.stop + 10 + _TIME_BYTES)
         path = _heartbeat_path(self._run_dir, self._rank)
+        text = text.ljust(_FILE_BYTES - 1) + b"\n"
         temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        # Written in full: a page of a sparse file would be sought in the disk at the first beat, and a full disk kills with SIGBUS.
-        write_durable(temporary, text.ljust(_FILE_BYTES - 1) + b"\n")
+        # Written in full: a sparse file's page gets its place on the disk when it is touched, and a full disk kills with SIGBUS.
+        write_durable(temporary, text)
         os.replace(temporary, path)
         self._file = open(path, "r+b", buffering=0)
-        self._map = mmap.mmap(self._file.fileno(), _FILE_BYTES)
+        # On one host the file is exact at every moment, whatever becomes of this process. To be seen by other hosts it has to be
+        # written out again and again, and a thread that touches a mapped page in that moment waits for the file system with the
+        # interpreter's lock in its hands (measured: up to 1 s on a busy disk): there the thread copies it, once a beat.
+        self._map = mmap.mmap(-1 if self._several_hosts else self._file.fileno(), _FILE_BYTES)
+        self._map[:] = text
 
     def _quote(self, name: str) -> bytes:
         text = self._quoted[name] = json.dumps(name).encode().ljust(_PHASE_BYTES)
@@ -127,10 +144,12 @@ class Watch:
                 self._end()
 
     def _beat(self) -> None:
-        """Show that the process runs, to other hosts too."""
+        """Show that the process runs, and renew the lease."""
         self._map[self._last] = b"%14.3f" % time.time()
         try:
-            os.fsync(self._file.fileno())  # mmap.flush would hold the interpreter's lock while a network file system waits
+            if self._several_hosts:
+                os.pwrite(self._file.fileno(), self._map[:], 0)
+                os.fsync(self._file.fileno())
             if self.lease:
                 self.lease.renew()
         except OSError as error:
@@ -145,7 +164,7 @@ class Watch:
         if self._moved:
             self._moved, self._waited = False, 0.0
             self._seen.clear()
-        limit = max(self._limit_seconds, _START_SECONDS) if self._phase == "start" else self._limit_seconds
+        limit = self._limit_seconds + _MORE_SECONDS.get(self._phase, 0.0)
         if self._waited >= limit / 4:
             self._look(now)
         return self._waited >= limit
