@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -17,9 +18,10 @@ from data_shards.files import json_text, read_json_object, replace_file
 from launch.cluster import ClusterConfig
 from launch.rank_env import rank_environment
 from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
+from trainer.stop import STOP_SIGNALS
 
 _EXIT_CODES = {DONE, BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR, CALL_AGAIN, INTERRUPTED}
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LOG_LINES = 12
 _GRACE_SECONDS = 10.0
 
 
@@ -36,7 +38,8 @@ def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | Non
     """Run a job on `ranks` processes of this machine and return its exit code: that of the rank at fault, 0 if all are done.
 
     run_dir: where logs and exit.json go; None for jobs that own no folder. lock: descriptor of its lock, for the ranks to inherit.
-    A rank that is killed by a signal counts as lost (70); when one has failed the others have ten seconds to leave."""
+    A rank that is killed by a signal counts as lost (70); when one has failed the others have ten seconds to leave, and none
+    where they are stopped (SIGSTOP)."""
     if run_dir:
         job = replace(job, options={**job.options, "previous_end": _take_exit_record(run_dir)})
     processes: list[subprocess.Popen[bytes]] = []
@@ -99,9 +102,20 @@ def _start(
             passed.append(listening.fileno())
             environment["HALFSTEP_STORE_FD"] = str(listening.fileno())
         output = _log(run_dir, rank)
-        processes.append(
-            subprocess.Popen(command, env=environment, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        )
+        with _blocked_signals():
+            processes.append(
+                subprocess.Popen(command, env=environment, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            )
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Keep signals back, from a rank that starts until it can answer them: they wait for it, and none is lost or kills it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _log(run_dir: Path | None, rank: int) -> int | None:
@@ -116,24 +130,39 @@ def _log(run_dir: Path | None, rank: int) -> int | None:
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
-    """Wait for all ranks; (rank, exit code) in the order in which they ended. One that fails ends the others."""
+    """Wait for all ranks; (rank, exit code) of those that ended by themselves, in that order. One that fails ends the others."""
     codes: list[tuple[int, int]] = []
     waiting = {process.pid: rank for rank, process in enumerate(processes)}
+    killed: set[int] = set()
     deadline = None
     while waiting:
         ended = _wait_any(waiting, deadline)
         if ended is None:
-            for pid in waiting:
-                os.kill(pid, signal.SIGKILL)
             deadline = None
+            killed |= _kill(waiting)
             continue
         pid, code = ended
         rank = waiting.pop(pid)
         processes[rank].returncode = code
-        codes.append((rank, code))
-        if code != DONE and deadline is None:
-            deadline = time.monotonic() + _GRACE_SECONDS
+        if pid not in killed:
+            codes.append((rank, code))
+        if code != DONE and not killed:
+            deadline = deadline or time.monotonic() + _GRACE_SECONDS
+            killed |= _kill(pid for pid in waiting if _is_stopped(pid))
     return codes
+
+
+def _kill(pids: Iterable[int]) -> set[int]:
+    """End ranks that have not left; returns those it has killed."""
+    doomed = set(pids)
+    for pid in doomed:
+        os.kill(pid, signal.SIGKILL)
+    return doomed
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process of ours was stopped (SIGSTOP) and so cannot leave."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
 
 
 def _wait_any(waiting: dict[int, int], deadline: float | None) -> tuple[int, int] | None:
@@ -161,7 +190,9 @@ class _ForwardedSignals:
         self.received: int | None = None
 
     def __enter__(self) -> "_ForwardedSignals":
-        self.previous = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        # Under nohup a closed terminal is to end nothing.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self.previous = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,16 +215,37 @@ class _ForwardedSignals:
 
 
 def _explain(run_dir: Path, rank: int, code: int, worker_code: int) -> None:
-    """Put the first failing rank's cause into exit.json, where the rank could not, and on the terminal."""
+    """Put the cause into exit.json, where the rank could not, and on the terminal: which rank, why, and where the logs are."""
+    if worker_code == CALL_AGAIN:
+        return
     record = run_dir / "exit.json"
     if code < 0:
         reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
-        replace_file(record, json_text({"code": worker_code, "reason": reason, "rank": rank}))
-        sys.stderr.write(f"{reason}; the same command goes on from the newest checkpoint\n")
-        return
-    if not record.exists():
-        replace_file(record, json_text({"code": worker_code, "reason": f"rank {rank} ended with exit code {code}", "rank": rank}))
-    if rank > 0 and worker_code != CALL_AGAIN:
-        log = run_dir / "logs" / f"rank_{rank}.log"
-        tail = log.read_text(errors="replace").splitlines()[-12:]
-        sys.stderr.write(f"rank {rank} failed first with exit code {code}; the end of {log}:\n" + "\n".join(tail) + "\n")
+        reason += " (by the kernel, if memory ran out: see dmesg)" if -code == signal.SIGKILL else ""
+        _record(record, worker_code, reason, rank)
+    elif record.exists():
+        fields = read_json_object(record)
+        reason, named = str(fields.get("reason")), fields.get("rank")
+        rank = named if isinstance(named, int) else rank
+    else:
+        reason = f"rank {rank} lost the other ranks" if code == PEER_LOST else f"rank {rank} ended with exit code {code}"
+        if worker_code != BAD_INPUT:  # that rank left none on purpose: the folder is another job's
+            _record(record, worker_code, reason, rank)
+    if rank == 0 and code > 0 and worker_code != PEER_LOST:
+        return  # it has said so itself
+    lines = [f"rank {rank} failed first: {reason}"]
+    log = run_dir / "logs" / f"rank_{rank}.log"
+    if code > 0 and log.exists() and (tail := log.read_text(errors="replace").splitlines()[-_LOG_LINES:]):
+        lines += [f"the end of {log}:", *(f"    {line}" for line in tail)]
+    lines.append(f"logs of all ranks: {run_dir / 'logs'}")
+    if worker_code == PEER_LOST:
+        lines.append("the same command goes on from the newest checkpoint")
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _record(path: Path, worker_code: int, reason: str, rank: int) -> None:
+    """Leave how the run ended; on a full disk the exit code alone says it."""
+    try:
+        replace_file(path, json_text({"code": worker_code, "reason": reason, "rank": rank}))
+    except OSError as error:
+        sys.stderr.write(f"cannot write {path}: {error}\n")

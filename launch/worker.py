@@ -1,5 +1,6 @@
 """One rank's process: join the others, do the job, end with an exit code that the launcher understands."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -11,8 +12,12 @@ from importlib import import_module
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
-from trainer.exit_codes import BAD_INPUT, CRASH, DATA_BUDGET, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
-from trainer.stop import StopRequest
+from trainer.exit_codes import BAD_INPUT, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
+from trainer.lease import Lease
+from trainer.stop import StopRequest, unblock_signals
+from trainer.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 _JOBS = {
     "train": "trainer.train:train_job",
@@ -24,50 +29,115 @@ _JOBS = {
     "hash": "trainer.hash:hash_job",
 }
 _RUNS = ("train", "distill")
+_LATER_SECONDS = 30.0
+"""By which collectives give up after the watch, which can name the rank at fault."""
 
 
 def main() -> None:
     """`python -m launch.worker KIND PATH OPTIONS`, with torch's standard variables in the environment."""
     kind, path, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    _init_logging(path if kind in _RUNS else None)
+    code = CRASH
     try:
-        code = _run(kind, path, options)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of gloo may abort while the interpreter tears down; all work is done and flushed.
-    os._exit(code)
+        code = _run(path, kind, options) if kind in _RUNS else _work(path, kind, options)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(traceback.format_exc())
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # a full disk under a redirected output
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Threads of gloo may abort while the interpreter tears down; all work is done and flushed.
+        os._exit(code)
 
 
-def _run(kind: str, path: Path, options: dict[str, object]) -> int:
+def _run(run_dir: Path, kind: str, options: dict[str, object]) -> int:
+    """A job that owns a folder: it can be asked to stop, is watched, and is alone in its folder."""
     stop = StopRequest()
-    if kind in _RUNS:
-        stop.install()  # before the seconds that importing torch takes
-    from trainer import dist
-
+    stop.install()  # before the seconds that importing torch takes
+    rank, limit_seconds = _rank(), _limit_seconds()
     try:
-        dist.init_process_group(timeout_seconds=float(os.environ.get("HALFSTEP_TIMEOUT_SECONDS", "300")))
-        code = _job(kind)(path, options, stop) if kind in _RUNS else _job(kind)(path, options)
-        if kind in _RUNS and dist.is_rank_0():
-            reason = "done" if code == 0 else "asked to stop; the same command goes on from the checkpoint"
-            replace_file(path / "exit.json", json_text({"code": code, "reason": reason}))
-        dist.destroy_process_group()
+        _init_logging(run_dir)
+        lease = Lease.take(run_dir) if rank == 0 else None
+    except (ValueError, OSError) as error:
+        code = _exit_code(error)
+        _report(None, error, code)  # the folder may be another job's
         return code
+    watch = None
+    try:
+        watch = _watch(run_dir, rank, limit_seconds, lease)
+        code = _joined(_job(kind, run_dir, options, stop, watch), timeout_seconds=limit_seconds + _LATER_SECONDS, watch=watch)
+        if rank == 0:
+            reason = "done" if code == DONE else "asked to stop; the same command goes on from the checkpoint"
+            _write_record(run_dir, {"code": code, "reason": reason})
     except Exception as error:
         code = _exit_code(error)
-        _report(path if kind in _RUNS else None, error, code)
+        _report(run_dir, error, code)
+    if watch:
+        watch.close()  # before the lease goes, which it renews
+    if lease:
+        _release(lease)
+    return code
+
+
+def _work(path: Path, kind: str, options: dict[str, object]) -> int:
+    """A job that only reads what a run has left."""
+    unblock_signals()
+    _init_logging(None)
+    try:
+        return _joined(_job(kind, path, options), timeout_seconds=_limit_seconds(), watch=None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        code = _exit_code(error)
+        _report(None, error, code)
         return code
 
 
-def _job(kind: str) -> Callable[..., int]:
-    module, function = _JOBS[kind].split(":")
-    return getattr(import_module(module), function)
+def _watch(run_dir: Path, rank: int, limit_seconds: float, lease: Lease | None) -> Watch:
+    world_size, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Watch(run_dir, rank=rank, world_size=world_size, limit_seconds=limit_seconds, several_hosts=here < world_size, lease=lease)
+
+
+def _joined(job: Callable[[], int], *, timeout_seconds: float, watch: Watch | None) -> int:
+    """Do the job among the other ranks; returns its exit code."""
+    from trainer import dist
+
+    if watch:
+        watch.phase("rendezvous", 0)
+    dist.init_process_group(timeout_seconds=timeout_seconds)
+    code = job()
+    dist.destroy_process_group()
+    return code
+
+
+def _job(kind: str, *arguments: object) -> Callable[[], int]:
+    """The job, ready to be called; its module is imported then, after the ranks have joined."""
+
+    def call() -> int:
+        module, function = _JOBS[kind].split(":")
+        return getattr(import_module(module), function)(*arguments)
+
+    return call
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _limit_seconds() -> float:
+    return float(os.environ.get("HALFSTEP_TIMEOUT_SECONDS", "300"))
 
 
 def _exit_code(error: Exception) -> int:
     """The worker's exit code (design: the only language between trainer and launchers)."""
+    match error:
+        case ValueError():
+            return BAD_INPUT
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO | errno.EROFS):
+            return IO_ERROR
+        case OSError() | ImportError():
+            return CRASH
     from trainer.dist import PeerLost
     from trainer.engines.engine import NumericError
     from trainer.metrics import DataBudgetSpent
@@ -79,33 +149,55 @@ def _exit_code(error: Exception) -> int:
             return DATA_BUDGET
         case PeerLost():
             return PEER_LOST
-        case ValueError():
-            return BAD_INPUT
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO | errno.EROFS):
-            return IO_ERROR
         case _:
             return CRASH
 
 
 def _report(run_dir: Path | None, error: Exception, code: int) -> None:
     """Say why this rank ends: a message for what a user can mend, a traceback for our own faults."""
-    rank = os.environ.get("RANK", "0")
+    rank = _rank()
     if code == CRASH:
         text = "".join(traceback.format_exception(error))
     else:
-        text = f"error: {error}\n" if rank == "0" else f"rank {rank}: error: {error}\n"
-    sys.stderr.write(text)
-    if run_dir and rank == "0" and (run_dir / "logs").is_dir():
-        with open(run_dir / "logs" / "rank_0.log", "a", encoding="utf-8") as log:
-            log.write(text)
-    if run_dir and run_dir.is_dir() and code != PEER_LOST:
-        record = {"code": code, "reason": f"{type(error).__name__}: {error}", "rank": int(rank)}
-        replace_file(run_dir / "exit.json", json_text(record))
+        text = f"error: {error}\n" if rank == 0 else f"rank {rank}: error: {error}\n"
+    log = run_dir / "logs" / "rank_0.log" if run_dir and rank == 0 else None
+    # A rank that only lost its peers is no cause: the launcher shows the one at fault, and the log keeps this.
+    if log is None or code != PEER_LOST:
+        _write_or_say(lambda: sys.stderr.write(text), "the cause")
+    if log is not None:
+        _write_or_say(lambda: _append(log, text), str(log))
+    if run_dir and code != PEER_LOST:
+        _write_record(run_dir, {"code": code, "reason": f"{type(error).__name__}: {error}", "rank": rank})
+
+
+def _write_record(run_dir: Path, record: dict[str, object]) -> None:
+    _write_or_say(lambda: replace_file(run_dir / "exit.json", json_text(record)), str(run_dir / "exit.json"))
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _write_or_say(write: Callable[[], object], what: str) -> None:
+    """Write, and on a disk that takes no more go on: how a job ended does not depend on whether it can be written down."""
+    try:
+        write()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"rank {_rank()}: cannot write {what}: {error}\n")
+
+
+def _release(lease: Lease) -> None:
+    try:
+        lease.release()
+    except OSError as error:
+        logger.warning("the run's lease cannot be given back: %s; the next job waits until it is seen to be dead", error)
 
 
 def _init_logging(run_dir: Path | None) -> None:
     """Rank 0 logs to the terminal and its file, the others' output is their file."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if run_dir and rank == 0:
         (run_dir / "logs").mkdir(exist_ok=True)
