@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+from launch.start import pack_faces
+from trainer.config_io import load_recipe
 
 RECIPE = Path(__file__).with_name("chain.yaml")
 _LIMIT_SECONDS = 240.0
@@ -27,10 +31,12 @@ def run(verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = ()
 
 
 @contextmanager
-def started(verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    verb: str, run_dir: Path, *, ranks: int, overrides: tuple[str, ...] = (), stderr: int | IO[bytes] = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[bytes]]:
     """A command, in a process group of its own, that runs while the test looks at it; ended with all its ranks afterwards."""
     words = command(verb, run_dir, ranks=ranks, overrides=overrides)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
     try:
         yield process
     finally:
@@ -53,6 +59,30 @@ def rank_pids(launcher: int) -> dict[int, int]:
         if rank is not None and b"launch.worker" in words:
             found[int(rank)] = int(pid)
     return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids of all that a process started, and of what those started: ranks and their loader processes."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
+def endless(shards_in: Path) -> tuple[str, ...]:
+    """Overrides of a single run that only a signal or a fault ends, on shards in a folder (packed with the first call)."""
+    faces = load_recipe(RECIPE, []).data.faces
+    assert faces is not None
+    shards = pack_faces(faces, shards_in)
+    return (
+        f"data.shards={shards}",
+        "distill=null",
+        "train.steps=1000000",
+        "lr_schedule.kind=constant",
+        "logging.sample_every_steps=0",
+        "checkpoint.every_steps=9",
+    )
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
