@@ -54,6 +54,16 @@ def test_all_ranks_stop_at_one_step_with_its_checkpoint(tmp_path: Path, override
     assert seconds < max(line["step_seconds"] for line in lines) + _SAVE_SECONDS + _MORE_SECONDS
 
 
+@pytest.mark.distributed
+def test_a_signal_in_the_first_moment_of_a_rank_is_not_lost_and_does_not_kill(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run_dir = tmp_path / "run"
+    with started("train", run_dir, ranks=2, overrides=overrides) as process:
+        assert wait_until(lambda: len(rank_pids(process.pid)) >= 1, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(120) == 75
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
+
+
 def _tell(process: subprocess.Popen[bytes], told: str, number: signal.Signals, dice: random.Random) -> None:
     """Send the signal: to one rank; to all of the process group at once, as a terminal or Slurm does; or to one rank after the other."""
     pids = rank_pids(process.pid)
