@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,18 +217,31 @@ def _saved_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], l
     tensors = checkpoint.manifest.get("tensors")
     if not isinstance(tensors, dict):
         raise ValueError(f"{checkpoint.path / 'manifest.json'}: has no list of tensors")
-    return dict(_saved_tensor(checkpoint, name, entry) for name, entry in tensors.items())
+    file_bytes = {name: int(record["bytes"]) for name, record in checkpoint.files.items()}
+    return {name: _saved_tensor(checkpoint, name, entry, file_bytes) for name, entry in tensors.items()}
 
 
-def _saved_tensor(checkpoint: Checkpoint, name: str, entry: object) -> tuple[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]]:
+def _saved_tensor(
+    checkpoint: Checkpoint, name: str, entry: object, file_bytes: Mapping[str, int]
+) -> tuple[tuple[int, ...], list[tuple[str, int, int]]]:
     match entry:
-        case {"shape": [*shape], "pieces": [*places]} if all(place[0] in checkpoint.files for place in places):
-            whole = torch.Size(shape)
-            if sum(count for _, _, count in places) == whole.numel():
-                return name, (tuple(whole), [(file, start, count) for file, start, count in places])
+        case {"shape": [*shape], "pieces": [*places]} if all(isinstance(size, int) and size > 0 for size in shape):
+            pieces = [piece for place in places if (piece := _saved_piece(place, file_bytes))]
+            ordered = sorted(pieces, key=lambda piece: piece[1])
+            # Every element once; math.prod, because torch's product of sizes wraps around.
+            if [*(start for _, start, _ in ordered), math.prod(shape)] == [0, *(start + count for _, start, count in ordered)]:
+                return tuple(shape), pieces
     raise ValueError(
         f"{checkpoint.path / 'manifest.json'}: tensor {name} is {entry!r:.120}, wanted its shape and pieces of the files listed"
     )
+
+
+def _saved_piece(place: object, file_bytes: Mapping[str, int]) -> tuple[str, int, int] | None:
+    """File, start and count, if the file is one of the checkpoint's and large enough."""
+    match place:
+        case [str(file), int(start), int(count)] if 0 < count * _FLOAT_BYTES <= file_bytes.get(file, 0):
+            return file, start, count
+    return None
 
 
 def _all_texts(text: str) -> list[str]:

@@ -52,15 +52,17 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
     Raises: ValueError if something else has its name."""
     parent = run_dir / "checkpoints"
-    if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
-        raise ValueError(f"{parent}: is not a plain folder; move it away, checkpoints are written there")
+    _check_plain(parent)
     parent.mkdir(exist_ok=True)
     return parent
 
 
 def committed(run_dir: Path) -> list[tuple[int, Path]]:
-    """Step and path of everything with a checkpoint's name, oldest first; nothing is read."""
+    """Step and path of everything with a checkpoint's name, oldest first; nothing is read.
+
+    Raises: ValueError if `checkpoints` is a link to elsewhere."""
     parent = run_dir / "checkpoints"
+    _check_plain(parent)
     if not parent.is_dir():
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in parent.iterdir())
@@ -89,7 +91,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder, its manifest checked, its other files not yet.
 
     Raises: ValueError if a single byte of the manifest is not as it was written, or the folder is a link to elsewhere."""
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError as error:  # deleted by the run that it belongs to, for example
+        raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
+    if not is_folder:
         raise ValueError(f"{path.name} is not a folder of its own (a link leads elsewhere)")
     manifest = _unsealed(path / "manifest.json")
     step = manifest.get("step")
@@ -123,17 +129,14 @@ def note_latest(run_dir: Path, step: int) -> None:
 def sweep_leftovers(run_dir: Path) -> None:
     """Remove what saves and deletions left unfinished; only the one job that writes this run may."""
     for path in (run_dir / "checkpoints").glob("*.tmp-*"):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def delete(path: Path) -> None:
     """Take a checkpoint's name away first: a half-deleted one must not look committed."""
     doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     os.rename(path, doomed)
-    if doomed.is_symlink() or not doomed.is_dir():
-        doomed.unlink()
-    else:
-        shutil.rmtree(doomed)
+    _remove(doomed)
 
 
 @final
@@ -183,6 +186,19 @@ class Retention:
         return last
 
 
+def _check_plain(parent: Path) -> None:
+    if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
+        raise ValueError(f"{parent}: is not a plain folder; move it away, checkpoints are written there")
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it; of a link, itself."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _mean_loss(path: Path) -> float | None:
     try:
         value = read_checkpoint(path).manifest.get("mean_loss")
@@ -193,9 +209,12 @@ def _mean_loss(path: Path) -> float | None:
 
 def _unsealed(path: Path) -> dict[str, object]:
     content = _plain_bytes(path)
-    manifest = read_json_object(path)
-    manifest.pop("manifest_sha256", None)
-    text = seal(manifest)
+    try:
+        manifest = read_json_object(path)
+        manifest.pop("manifest_sha256", None)
+        text = seal(manifest)
+    except (ValueError, RecursionError) as error:  # Python's JSON takes NaN, and gives up on bottomless lists
+        raise ValueError(f"manifest.json is not one that was ever written: {error}") from error
     if text.encode() != content:
         raise ValueError("manifest.json was changed after it was written")
     manifest["manifest_sha256"] = hashlib.sha256(json_text(manifest).encode()).hexdigest()
