@@ -149,8 +149,15 @@ def _exit_code(error: Exception) -> int:
             return DATA_BUDGET
         case PeerLost():
             return PEER_LOST
+        case RuntimeError() if _is_broken_collective(error):
+            return PEER_LOST
         case _:
             return CRASH
+
+
+def _is_broken_collective(error: RuntimeError) -> bool:
+    """Whether a collective inside torch's or DeepSpeed's own code lost a peer: nccl and stores have a class for it, gloo a text."""
+    return "DistError" in {kind.__name__ for kind in type(error).__mro__} or "gloo/transport" in str(error)
 
 
 def _report(run_dir: Path | None, error: Exception, code: int) -> None:

@@ -1,5 +1,6 @@
 """Local ranks live and die together, and the launcher tells the truth about how."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from launch.cluster import ClusterConfig
 from launch.demo import run_demo
 from launch.local import Job, _blocked_signals, _explain, _watch, run_job
 from launch.run_lock import is_locked, locked
+from launch.worker import _exit_code
 from trainer.lease import Lease
 from trainer.stop import STOP_SIGNALS
 
@@ -106,3 +108,12 @@ def test_ranks_start_with_signals_held_back_and_the_launcher_without() -> None:
     held = int(child.stdout.split()[1], 16)
     assert all(held >> (number - 1) & 1 for number in STOP_SIGNALS)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+
+
+def test_a_rank_that_lost_its_peers_inside_an_engine_is_not_the_cause() -> None:
+    from torch.distributed import DistBackendError, DistStoreError
+
+    gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
+    assert [_exit_code(error) for error in (gloo, DistBackendError("nccl"), DistStoreError("store"))] == [70, 70, 70]
+    assert [_exit_code(error) for error in (RuntimeError("shape"), ImportError("torch"), FileNotFoundError(2, "gone"))] == [1, 1, 1]
+    assert [_exit_code(error) for error in (OSError(errno.ENOSPC, "full"), ValueError("bad"))] == [74, 64]
