@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, final
 
+from data_shards.files import replace_file
 from trainer import dist
 from trainer.engines.engine import NumericError, StepResult
 
@@ -52,13 +53,16 @@ class BadSteps:
     def __init__(self, run_dir: Path, *, start_step: int, action: Action, budget: int) -> None:
         """start_step: skipped steps from there on are judged anew; those that a roll-back leaves out stay left out."""
         self.path, self.action, self.budget = run_dir / "bad_steps.jsonl", action, budget
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        text = self.path.read_text() if self.path.exists() else ""
+        # A last line that was only half written is of a step whose policy was not carried out.
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if line["action"] == "roll_back" or (line["action"] == "skip" and line["step"] < start_step)]
         self.left_out = frozenset(line["step"] for line in kept if line["action"] == "roll_back")
         self.count = len({line["step"] for line in kept})
         dist.barrier()  # all have read before one writes
-        if dist.is_rank_0() and lines != kept:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept_text = "".join(json.dumps(line) + "\n" for line in kept)
+        if dist.is_rank_0() and text != kept_text:
+            replace_file(self.path, kept_text)
 
     def add(self, step: int, result: StepResult, *, loss_limit: float | None, keys: Mapping[int, Sequence[str]]) -> None:
         """Write down a bad step and do what the policy says. keys: of this rank's samples by micro-batch.
