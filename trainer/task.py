@@ -18,6 +18,7 @@ from trainer.engines.frozen import place_frozen
 from trainer.engines.precision import lower_type
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.attention import Kernels, use_attention
+from trainer.models.dropout import use_logical_dropout
 from trainer.models.flops import forward_flops
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser, shard_units
 from trainer.objectives.denoising import denoising_loss, offset
@@ -58,6 +59,7 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
     seed_weights(config.seed)
     alpha_bar = build_alpha_bar(config.noise_schedule).to(dist.device())
     module = build_tiny_unet(config.model, image_size)
+    use_logical_dropout(module)
     attention = _set_up(module, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(module)

@@ -1,11 +1,13 @@
 """DeepSpeed's ZeRO 1, 2 and 3 as an engine: DeepSpeed reduces and gathers, judging and clipping are as on the other engines."""
 
+import fcntl
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import cast, final
 
 import torch
@@ -198,14 +200,30 @@ def _cpu_adam(optim: OptimConfig, parameters: list[Tensor]) -> torch.optim.Optim
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     try:
-        return DeepSpeedCPUAdam(
-            parameters,
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,  # type: ignore[arg-type]  # annotated as int, by its default of 0
-            adamw_mode=optim.kind == "adamw",
-        )
+        with _alone_with_kernels():
+            return DeepSpeedCPUAdam(
+                parameters,
+                lr=optim.learning_rate,
+                betas=optim.betas,
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,  # type: ignore[arg-type]  # annotated as int, by its default of 0
+                adamw_mode=optim.kind == "adamw",
+            )
     except (RuntimeError, OSError, ImportError) as error:
         logger.warning("DeepSpeed's CPU Adam cannot be built here (%s); PyTorch's is used", str(error).splitlines()[0])
         return None
+
+
+@contextmanager
+def _alone_with_kernels() -> Iterator[None]:
+    """One process of this user at a time compiles or loads a kernel, in a folder of halfstep's own.
+
+    A process that is killed while it compiles leaves a file `lock` there, for which torch would wait for ever. Under our lock, which
+    ends with its holder, such a file is nobody's."""
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "halfstep" / "torch_extensions")))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "halfstep.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        yield
