@@ -27,6 +27,7 @@ _JOBS = {
     "export": "trainer.export:export_job",
     "report": "trainer.report:report_job",
     "hash": "trainer.hash:hash_job",
+    "import": "trainer.import_checkpoint:import_job",
 }
 _RUNS = ("train", "distill")
 _LATER_SECONDS = 30.0
