@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,23 +15,47 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMAND_LINES = (ROOT / "launch" / "__main__.py", ROOT / "launch" / "shards_commands.py")
 PACKAGES = ("launch", "trainer", "data_shards", "configs", "slurm")
-# Each runs code that a file or a text brings along.
-FORBIDDEN_CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "pickle.load",
-    "pickle.loads",
-    "pickle.Unpickler",
-    "torch.load",
+# Each runs code that a file, a text or another rank brings along. A name without a dot is Python's own function.
+FORBIDDEN_CALLS = {"eval", "exec", "compile"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.package"}
+FORBIDDEN_NAMES = {
+    "torch.load",  # but for calls with weights_only=True
+    "torch.serialization.load",
     "torch.jit.load",
+    "torch.export.load",
+    "torch.hub.load",
+    "torch.utils.model_zoo.load_url",
     "yaml.load",
     "yaml.load_all",
     "yaml.unsafe_load",
+    "yaml.unsafe_load_all",
     "yaml.full_load",
+    "yaml.full_load_all",
+    "yaml.Loader",
+    "yaml.CLoader",
+    "yaml.FullLoader",
+    "yaml.UnsafeLoader",
     "os.system",
+    "os.popen",
+    # torch.distributed.checkpoint unpickles .metadata and every entry that is no tensor.
+    "torch.distributed.checkpoint.load",
+    "torch.distributed.checkpoint.load_state_dict",
+    "torch.distributed.checkpoint.FileSystemReader",
+    "torch.distributed.checkpoint.filesystem.FileSystemReader",
 }
-FORBIDDEN_KEYWORDS = {"trust_remote_code", "allow_pickle"}
+# Of any object: torch.distributed's collectives that unpickle what other ranks sent, and DeepSpeed's own checkpoints.
+FORBIDDEN_METHODS = {
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+    "load_checkpoint",
+    "load_universal_checkpoint",
+    "read_pickle",
+}
+FORBIDDEN_KEYWORDS = {"trust_remote_code", "allow_pickle", "custom_pipeline"}
 
 
 def python_files() -> list[Path]:
@@ -63,24 +87,98 @@ def test_the_import_contracts_hold() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every call, and line and name of every keyword argument that is true or a name."""
+def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of everything in a module that could run code from a file, under whatever name it was imported."""
+    imported: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                imported |= {alias.asname: alias.name for alias in names if alias.asname}
+                yield from ((node.lineno, alias.name) for alias in names if _is_forbidden(alias.name))
+            case ast.ImportFrom(module=str(module), names=names):
+                imported |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in names}
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in names if _is_forbidden(f"{module}.{alias.name}"))
+    allowed: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            yield node.lineno, ast.unparse(node.func)
-            for keyword in node.keywords:
-                if keyword.arg in FORBIDDEN_KEYWORDS and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False):
-                    yield node.lineno, keyword.arg
+            name = _dotted(node.func, imported)
+            literal = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name == "torch.load" and literal.get("weights_only") == "True":
+                allowed.add(node.func)
+            if name in FORBIDDEN_CALLS:
+                yield node.lineno, name
+            yield from (
+                (node.lineno, keyword) for keyword in literal if keyword in FORBIDDEN_KEYWORDS and literal[keyword] not in ("False", "None")
+            )
+        elif isinstance(node, ast.Attribute | ast.Name) and node not in allowed:
+            name = _dotted(node, imported)
+            if "." in name and _is_forbidden(name):
+                yield node.lineno, name
+
+
+def _dotted(node: ast.AST, imported: Mapping[str, str]) -> str:
+    """A reference's full name, as far as it is made of names."""
+    head, _, rest = ast.unparse(node).partition(".")
+    return ".".join(filter(None, [imported.get(head, head), rest]))
+
+
+def _is_forbidden(name: str) -> bool:
+    in_module = any(name == module or name.startswith(f"{module}.") for module in FORBIDDEN_MODULES)
+    return in_module or name in FORBIDDEN_NAMES or name.rpartition(".")[2] in FORBIDDEN_METHODS
 
 
 def test_no_source_unpickles_evaluates_or_trusts_remote_code() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{line}: {name}"
-        for path in python_files()
-        for line, name in calls(ast.parse(path.read_text()))
-        if name in FORBIDDEN_CALLS | FORBIDDEN_KEYWORDS
-    ]
+    found = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in python_files() for line, name in unsafe(ast.parse(path.read_text()))]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch; torch.load(path)",
+        "import torch; torch.load(path, weights_only=False)",
+        "import torch; torch.load(path, weights_only=safe)",
+        "import torch; load = torch.load",
+        "import torch as t; t.load(path)",
+        "from torch import load as read; read(path)",
+        "import torch; torch.jit.load(path)",
+        "import pickle",
+        "import pickle as p",
+        "from pickle import loads",
+        "from dill import load",
+        "import joblib.numpy_pickle",
+        "import numpy as np; np.load(path, allow_pickle=True)",
+        "import numpy as np; np.load(path, allow_pickle=flag)",
+        "import pandas; pandas.read_pickle(path)",
+        "import yaml; yaml.load(text, yaml.SafeLoader)",
+        "from yaml import unsafe_load; unsafe_load(text)",
+        "import yaml; class_ = yaml.UnsafeLoader",
+        "import torch.distributed as dist; dist.all_gather_object(out, value)",
+        "from torch.distributed import broadcast_object_list",
+        "import torch.distributed.checkpoint as dcp; dcp.load(state, checkpoint_id=path)",
+        "from torch.distributed.checkpoint import FileSystemReader",
+        "engine.load_checkpoint(path)",
+        "DiffusionPipeline.from_pretrained(path, trust_remote_code=True)",
+        "DiffusionPipeline.from_pretrained(path, custom_pipeline='x')",
+        "eval(text)",
+        "import os; os.system(text)",
+    ],
+)
+def test_each_unsafe_way_would_be_found(code: str) -> None:
+    assert list(unsafe(ast.parse(code)))
+
+
+def test_safe_ways_are_not_found() -> None:
+    code = """
+import numpy as np, torch, yaml
+from torch.distributed.checkpoint import DefaultSavePlanner
+torch.load(path, map_location="cpu", weights_only=True)
+np.load(path, allow_pickle=False)
+yaml.compose(text, yaml.SafeLoader)
+module.compile()
+re.compile(text)
+"""
+    assert list(unsafe(ast.parse(code))) == []
 
 
 def test_every_module_says_its_duty_in_one_line() -> None:

@@ -97,9 +97,7 @@ def test_one_flipped_bit_is_found_by_verify_alone(run_dir: Path, listing: Callab
         (lambda file: file.with_name("manifest.json").unlink(), "manifest.json cannot be read: No such file or directory"),
     ],
 )
-def test_other_damage_is_found_at_once(
-    run_dir: Path, listing: Callable[..., Listed], damage: Callable[[Path], None], reason: str
-) -> None:
+def test_other_damage_is_found_at_once(run_dir: Path, listing: Callable[..., Listed], damage: Callable[[Path], None], reason: str) -> None:
     damage(run_dir / "checkpoints" / "step_000020" / "rank_0000.safetensors")
     for verify in (False, True):
         code, text = listing(verify=verify)

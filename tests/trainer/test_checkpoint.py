@@ -90,9 +90,7 @@ def test_a_state_of_channels_last_tensors_is_overwritten_in_place(tmp_path: Path
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 77), (0, 33), (33, 77), (39, 41), (40, 77), (76, 77)])
-def test_any_shard_is_read_from_the_pieces_that_it_overlaps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, stop: int
-) -> None:
+def test_any_shard_is_read_from_the_pieces_that_it_overlaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, stop: int) -> None:
     whole = _write_two_files(monkeypatch, tmp_path / "checkpoints" / "step_000001")
     checkpoint = agreed_checkpoint(tmp_path)
     assert checkpoint is not None and torch.equal(read_tensors(checkpoint, "model")["w"], whole)

@@ -82,7 +82,9 @@ def test_objects_are_refused_by_the_name_of_what_would_be_called(tmp_path: Path)
     with pytest.raises(ValueError, match="refused: ") as refused:
         import_job(tmp_path / "lightning.ckpt", {"out": str(tmp_path / "out.safetensors")})
     message = str(refused.value)
-    assert message.startswith(f"{tmp_path / 'lightning.ckpt'}: refused: it holds more than tensors: it asks to call argparse.Namespace, and")
+    assert message.startswith(
+        f"{tmp_path / 'lightning.ckpt'}: refused: it holds more than tensors: it asks to call argparse.Namespace, and"
+    )
     assert message.endswith("safetensors.torch.save_file(model.state_dict(), 'model.safetensors')")
     assert "weights_only" not in message, "torch's advice is to load it unsafely"
     assert not (tmp_path / "out.safetensors").exists()

@@ -186,7 +186,9 @@ def test_that_there_was_a_checkpoint_is_remembered(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None and ever_committed(tmp_path)
 
 
-def _keep(run_dir: Path, newest: int, *, keep_last: int = 2, every: int | None = None, best: int = 0, good: tuple[int, ...] = ()) -> list[int]:
+def _keep(
+    run_dir: Path, newest: int, *, keep_last: int = 2, every: int | None = None, best: int = 0, good: tuple[int, ...] = ()
+) -> list[int]:
     Retention(keep_last=keep_last, keep_every_steps=every, keep_best=best, good=good).delete_old(run_dir, newest=newest)
     return _steps(run_dir)
 
