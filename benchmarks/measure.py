@@ -3,12 +3,16 @@
 import json
 import os
 import platform
+import socket
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from launch.rank_env import rank_environment
 
 
 def print_ratio(name: str, ratios: Sequence[float], *, against: str, **figures: float) -> None:
@@ -35,3 +39,27 @@ def machine() -> str:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.machine()
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def run_ranks(words: Sequence[str], *, ranks: int) -> None:
+    """Run a Python script, with its arguments, on so many ranks of one thread each, and wait for them.
+
+    Raises: RuntimeError if one fails."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = []
+    for rank in range(ranks):
+        environment = rank_environment(
+            inherited,
+            rank=rank,
+            local_rank=rank,
+            local_world_size=ranks,
+            world_size=ranks,
+            master_address="127.0.0.1",
+            master_port=port,
+            threads=1,
+        )
+        processes.append(subprocess.Popen([sys.executable, *words], env=environment))
+    if sum(process.wait() != 0 for process in processes):  # all are waited for
+        raise RuntimeError(f"a rank of {words[0]} failed")
