@@ -34,13 +34,13 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 def test_all_ranks_stop_at_one_step_with_its_checkpoint(tmp_path: Path, overrides: tuple[str, ...], seed: int) -> None:
     dice = random.Random(seed)
     number, told = _SIGNALS[seed % 4], ("all", "rank 1", "group", "rank 0")[(seed + seed // 4) % 4]
-    run_dir = tmp_path / "run"
-    with started("train", run_dir, ranks=2, overrides=overrides) as process:
-        assert wait_until(lambda: all(_last_step(run_dir, rank) >= 1 for rank in range(2)), process)
+    run_dir, terminal = tmp_path / "run", tmp_path / "terminal"
+    with open(terminal, "wb") as stderr, started("train", run_dir, ranks=2, overrides=overrides, stderr=stderr) as process:
+        assert wait_until(lambda: all(_last_step(run_dir, rank) >= 1 for rank in range(2)), process), terminal.read_text()
         time.sleep(dice.random() * 2)  # anywhere: in a forward pass, a reduction, a save
         began = time.monotonic()
         _tell(process, told, number, dice)
-        assert process.wait(60) == 75
+        assert process.wait(60) == 75, terminal.read_text()
         seconds = time.monotonic() - began
     steps = {_last_step(run_dir, rank) + 1 for rank in range(2)}
     assert len(steps) == 1, f"ranks stopped after different steps: {steps}"
