@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.grid import RANKS, STEPS, TOLERANCE, Grid, largest_difference
-from tests.distributed.state import PARTS, read_state
+from tests.distributed.state import PARTS, STATE_TOLERANCE, largest_state_difference, read_state
 
 ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 PAIRS = [(saver, loader, ranks) for saver in ENGINES for loader in ENGINES for ranks in RANKS]
@@ -41,6 +41,8 @@ def test_a_checkpoint_goes_on_under_another_engine_and_number_of_ranks(
     attempts = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
     assert [(attempt["step"], attempt["world_size"]) for attempt in attempts] == [(0, SAVING_RANKS), (STEPS, ranks)]
     assert largest_difference(grid.losses(run_dir)[STEPS:], grid.losses(undisturbed)[STEPS:]) <= TOLERANCE
+    # Averages depend on the step count, and no loss on them.
+    assert largest_state_difference(run_dir, undisturbed) <= STATE_TOLERANCE
 
 
 def _as_it_was_at_step_20(finished: Path, run_dir: Path) -> Path:

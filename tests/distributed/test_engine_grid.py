@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.grid import CASES, REFERENCE, TOLERANCE, Case, Grid
-from tests.distributed.state import KINDS, read_state
-
-STATE_TOLERANCE = 5e-6
-"""Of a tensor's numbers, relative to the largest of their kind: the losses' tolerance, and the 20 steps that it has grown in."""
+from tests.distributed.state import STATE_TOLERANCE, largest_state_difference
 
 SAMPLE = {("denoising", "DDP", 2), ("denoising", "FSDP2", 2), ("denoising", "ZeRO-2", 2), ("halving", "FSDP2", 2), ("halving", "ZeRO-3", 2)}
 
@@ -30,15 +27,3 @@ def test_an_engine_computes_what_one_process_computes(grid: Grid, objective: str
 def gradient_norms(run_dir: Path) -> list[float]:
     """Before clipping, in step order."""
     return [json.loads(line)["gradient_norm"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def largest_state_difference(run_dir: Path, reference: Path) -> float:
-    """Of weights, averages and moments, each relative to the largest number of its kind."""
-    got, wanted = read_state(run_dir), read_state(reference)
-    assert got.keys() == wanted.keys()
-    differences = []
-    for kind in KINDS:
-        names = [name for name in wanted if name.startswith(f"{kind}.")]
-        largest = max(wanted[name].abs().max().item() for name in names)
-        differences.append(max((got[name] - wanted[name]).abs().max().item() for name in names) / largest)
-    return max(differences)
