@@ -144,7 +144,7 @@ def test_a_file_without_the_tensor_that_its_manifest_lists_is_refused(tmp_path: 
     del manifest["manifest_sha256"]
     manifest["tensors"]["model/c"] = manifest["tensors"].pop("model/a")
     path.write_text(seal(manifest))
-    with pytest.raises(ValueError, match="step_000010: a file does not hold what its manifest says: .*model/c"):
+    with pytest.raises(ValueError, match=r"step_000010: a file does not hold what its manifest says: .*model/c"):
         read_tensors(_newest(tmp_path), "model")
 
 

@@ -102,7 +102,7 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for entry in plain.infolist():
             bomb.writestr(entry.filename, plain.read(entry))
-    with pytest.raises(ValueError, match="it is a compressed archive, which torch.save does not write"):
+    with pytest.raises(ValueError, match=r"it is a compressed archive, which torch.save does not write"):
         import_job(tmp_path / "bomb.pt", {"out": str(tmp_path / "out.safetensors")})
 
 
@@ -136,6 +136,6 @@ def test_a_file_that_comes_while_ours_is_written_is_kept(tmp_path: Path, monkeyp
 
 def test_a_tensor_that_the_format_lacks_is_named(tmp_path: Path) -> None:
     torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="cannot be written as safetensors|refused"):
+    with pytest.raises(ValueError, match=r"cannot be written as safetensors|refused"):
         import_job(tmp_path / "model.pt", {"out": str(tmp_path / "out.safetensors")})
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

@@ -150,7 +150,7 @@ def test_a_manifest_that_python_cannot_take_is_damage_and_no_crash(tmp_path: Pat
 def test_another_schema_and_another_name_are_refused(tmp_path: Path) -> None:
     path = _write(tmp_path, 20)
     moved = path.rename(path.with_name("step_000030"))
-    with pytest.raises(ValueError, match="manifest.json is not one of step_000030 in schema 2"):
+    with pytest.raises(ValueError, match=r"manifest.json is not one of step_000030 in schema 2"):
         read_checkpoint(moved)
 
 
@@ -159,7 +159,7 @@ def test_only_what_is_named_is_verified(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(path)
     (path / "rank_0000.safetensors").write_bytes(b"")
     verify_files(checkpoint, [])
-    with pytest.raises(ValueError, match="rank_0000.safetensors has 0 bytes, the manifest says "):
+    with pytest.raises(ValueError, match=r"rank_0000.safetensors has 0 bytes, the manifest says "):
         verify_files(checkpoint, ["rank_0000.safetensors"])
     assert checkpoint.size_bytes > 120 and len(checkpoint.sha256) == 64
 
