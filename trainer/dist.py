@@ -105,13 +105,6 @@ def all_gather_text(text: str, *, group: dist.ProcessGroup | None = None) -> lis
     return [row.numpy().tobytes()[:length].decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def broadcast_tensor(tensor: Tensor) -> None:
-    """Overwrite `tensor` with rank 0's. Raises: PeerLost. Collective."""
-    if world_size() > 1:
-        with _PeerErrors("broadcast"):
-            dist.broadcast(tensor, src=0)
-
-
 def new_cpu_group(*, timeout_seconds: float) -> dist.ProcessGroup | None:
     """Another gloo group of all ranks, for a thread that must not get in the way of the main one; None for a single rank. Collective."""
     if world_size() == 1:
@@ -119,6 +112,12 @@ def new_cpu_group(*, timeout_seconds: float) -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     assert isinstance(group, dist.ProcessGroup), "every rank belongs to it"
     return group
+
+
+def destroy_group(group: dist.ProcessGroup | None) -> None:
+    """Give a group of `new_cpu_group` back. Collective."""
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
 def any_rank(flag: bool) -> bool:

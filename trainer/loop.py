@@ -1,6 +1,5 @@
 """The loop: optimizer steps with their data, ledger, metrics, samples and saves, until done or asked to stop."""
 
-import errno
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from trainer.numeric import BadSteps, LossAverage, RollBack
 from trainer.optim import learning_rate
 from trainer.rng import derive_seed, seed_dropout
 from trainer.sample import draw_grid
-from trainer.save import Saver
+from trainer.save import DISK_FULL, Saver
 from trainer.stop import StopRequest
 from trainer.task import Task
 from trainer.watch import Watch
@@ -92,14 +91,16 @@ class Loop:
             step = self._take_steps()
         except RollBack:
             self.saver.finish()
+            self.saver.close()
             raise
         finally:
             self._close()
+        self.saver.close()
         self.stop.took(step - self.start_step)
         if step < self.config.train.steps:
             logger.info("stopped at step %d of %d; the same command goes on from there", step, self.config.train.steps)
             return CALL_AGAIN
-        self.watch.phase("export", step)
+        self.watch.phase("export" if dist.is_rank_0() else "end", step)
         if dist.is_rank_0():
             export_run(self.run_dir)
         dist.barrier()
@@ -276,8 +277,7 @@ class Loop:
         try:
             self.saver.finish()
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full or self.config.checkpoint.on_disk_full == "stop":
+            if error.errno not in DISK_FULL or self.config.checkpoint.on_disk_full == "stop":
                 raise
             logger.warning("step %d: %s; the run goes on without it", step, error)
 

@@ -142,8 +142,7 @@ class Reporter:
             self.board.add_image(f"samples/{name}", np.asarray(grid), step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Make what was reported so far durable; called before a checkpoint commits the steps it belongs to."""
-        self.file.flush()
+        """Make what was reported so far durable, before a checkpoint commits the steps it belongs to; for any thread."""
         os.fsync(self.file.fileno())
         self.board.flush()
 
@@ -187,8 +186,7 @@ class Ledger:
         self.file.flush()
 
     def sync(self) -> None:
-        """Make the lines durable."""
-        self.file.flush()
+        """Make the lines that were handed over durable; for any thread, so that it does not touch the buffer of new ones."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import threading
@@ -18,7 +19,10 @@ from trainer.checkpoint import Piece, Staging, agree_on_pieces, file_name, tenso
 from trainer.engines.engine import Shard, State
 from trainer.manifest import SCHEMA_VERSION, Retention, checkpoints_folder, delete, note_latest, read_checkpoint, seal, verify_files
 
+logger = logging.getLogger(__name__)
+
 Facts = Mapping[str, object]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @final
@@ -53,11 +57,6 @@ class Saver:
         self.error: BaseException | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether a save was started whose end has not been asked for with `finish`; the same on all ranks."""
-        return self.thread is not None
-
-    @property
     def ended(self) -> bool:
         """Whether this rank's part of the save on its way has ended, well or not; ranks may differ."""
         return self.thread is not None and not self.thread.is_alive()
@@ -65,7 +64,7 @@ class Saver:
     def start(self, step: int, facts: Facts) -> None:
         """Copy the state and commit it as the checkpoint of `step`, in the background if asynchronous. facts: for the manifest. Collective.
 
-        Raises: as `finish`, of the save before; and of this one unless asynchronous."""
+        Raises: as `finish`, of the save before."""
         self.finish()
         self.progress("stage")
         self.staging.copy()
@@ -73,18 +72,23 @@ class Saver:
         self.thread = threading.Thread(target=self._run, args=(step, facts), name="save", daemon=True)
         self.thread.start()
         if not self.asynchronous:
-            self.finish()
+            self.thread.join()  # how it ended is for `finish` to say, as with one in the background
 
     def finish(self) -> None:
         """Wait for the save on its way, if any.
 
-        Raises: OSError where a rank could not write, on all ranks alike, with path, needed and free bytes; PeerLost. Collective."""
+        Raises: OSError where a rank could not write, on all ranks alike, with its path and what was needed; PeerLost. Collective."""
         if self.thread is None:
             return
         self.thread.join()
         self.thread = None
         if self.error is not None:
             raise self.error
+
+    def close(self) -> None:
+        """Give the process group back; no save is on its way. Collective."""
+        assert self.thread is None, "finish comes first"
+        dist.destroy_group(self.group)
 
     def _run(self, step: int, facts: Facts) -> None:
         try:
@@ -97,47 +101,46 @@ class Saver:
     def _save(self, step: int, facts: Facts) -> None:
         temporary = self.parent / f"step_{step:06d}.tmp-{self.name}"
         self.progress("write")
-        reports = self._agree(lambda: self._write_own(temporary))
+        reports = self._agree(step, lambda: self._write_own(temporary))
         files = {file_name(rank): report for rank, report in enumerate(reports)}
         self.progress("commit")
+        self._agree(step, lambda: self._commit(step, temporary, {**facts, "files": files}))
 
-        def commit() -> Mapping[str, object]:
-            if dist.is_rank_0():
-                self._commit(step, temporary, {**facts, "files": files})
-            return {}
-
-        self._agree(commit, undo=temporary)
-
-    def _agree(self, act: Callable[[], Mapping[str, object]], *, undo: Path | None = None) -> list[Mapping[str, object]]:
-        """Act, and tell all ranks what came of it; a disk error on one rank is raised on all."""
+    def _agree(self, step: int, act: Callable[[], Mapping[str, int | str]]) -> list[Mapping[str, int | str]]:
+        """Act, and tell all ranks what came of it; what goes wrong on one is raised on all, and the unfinished folder removed."""
         try:
             report = act()
-        except OSError as error:
-            report = {"errno": error.errno or errno.EIO, "error": f"rank {dist.rank()}: {error.strerror or error}"}
+        # Whatever it is: a rank that kept it to itself would leave the others waiting for its report.
+        except Exception as error:
+            number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
+            what = (error.strerror or str(error)) if isinstance(error, OSError) else repr(error)
+            report = {"errno": number, "error": f"rank {dist.rank()} cannot save {self.parent / f'step_{step:06d}'}: {what}"}
         reports = [json.loads(text) for text in dist.all_gather_text(json.dumps(report), group=self.group)]
         failed = next((report for report in reports if "error" in report), None)
         if failed is None:
             return reports
-        temporary = undo or self.parent
         if dist.is_rank_0():
             for path in self.parent.glob(f"*.tmp-{self.name}"):
                 shutil.rmtree(path, ignore_errors=True)
+        if not failed["errno"]:
+            raise RuntimeError(failed["error"])
         free = shutil.disk_usage(self.parent).free
+        room = f" ({self.needed_bytes} bytes are needed, {free} are free)" if failed["errno"] in DISK_FULL else ""
         raise OSError(
-            failed["errno"],
-            f"{failed['error']}: checkpoint not saved under {temporary.parent if undo else temporary}: it needs {self.needed_bytes} bytes, "
-            f"{free} are free; older checkpoints are as they were. Make room, then run the same command again",
+            failed["errno"], f"{failed['error']}{room}; older checkpoints are as they were. Mend it, then run the same command again"
         )
 
     def _write_own(self, temporary: Path) -> Mapping[str, int | str]:
         self.before_commit()
         if dist.is_rank_0() and shutil.disk_usage(self.parent).free < self.needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.parent))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir(parents=True, exist_ok=True)
         return self.staging.write(temporary / file_name(dist.rank()))
 
-    def _commit(self, step: int, temporary: Path, facts: Facts) -> None:
-        """Manifest, fsync, rename, fsync of the parent; then what need not stay is deleted."""
+    def _commit(self, step: int, temporary: Path, facts: Facts) -> Mapping[str, int | str]:
+        """On rank 0: manifest, fsync, rename, fsync of the parent; then what need not stay is deleted."""
+        if not dist.is_rank_0():
+            return {}
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, **facts, "tensors": tensors_record(self.pieces)}
         write_durable(temporary / "manifest.json", seal(manifest).encode())
         fsync_directory(temporary)
@@ -151,8 +154,12 @@ class Saver:
         else:
             os.rename(temporary, final)
         fsync_directory(self.parent)
-        note_latest(self.run_dir, step)
-        self.retention.delete_old(self.run_dir, newest=step)
+        try:
+            note_latest(self.run_dir, step)
+            self.retention.delete_old(self.run_dir, newest=step)
+        except OSError as error:
+            logger.warning("%s is committed, but older ones cannot be tidied away: %s", final, error)
+        return {}
 
 
 def write_checkpoint(run_dir: Path, step: int, *, parts: Mapping[str, Mapping[str, Tensor]], facts: Facts) -> Path:
@@ -163,6 +170,7 @@ def write_checkpoint(run_dir: Path, step: int, *, parts: Mapping[str, Mapping[st
     keep_all = Retention(keep_last=2**31, keep_every_steps=None, keep_best=0)
     saver = Saver(run_dir, state, agree_on_pieces(state), retention=keep_all, asynchronous=False, timeout_seconds=300.0)
     saver.start(step, facts)
+    saver.finish()
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 

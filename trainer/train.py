@@ -135,7 +135,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, task: Task, pieces: Sequence
         raise ValueError(f"{checkpoint.path} was made with another teacher or schedule: {saved.difference(task.descriptor)}")
     load_state(checkpoint, engine.state(), pieces)
     scale = checkpoint.manifest.get("loss_scale")
-    engine.restored(step=checkpoint.step, loss_scale=scale if isinstance(scale, dict) else {})
+    engine.restored(scale if isinstance(scale, dict) else {})
 
 
 def _checkpoint_to_resume(run_dir: Path, *, allow_fresh: bool) -> Checkpoint | None:

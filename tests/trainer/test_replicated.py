@@ -130,7 +130,7 @@ def test_a_restored_engine_goes_on_bit_for_bit() -> None:
     for part, shards in fresh.state().items():
         for name, shard in shards.items():
             shard.values.copy_(saved[part][name])
-    fresh.restored(step=2, loss_scale={})
+    fresh.restored({})
     assert _step(engine, 2) == _step(fresh, 2)
     _assert_same(_copy(engine.state()), _copy(fresh.state()))
 
@@ -142,12 +142,14 @@ def test_a_checkpoint_holds_the_same_tensors_in_any_memory_format(tmp_path: Path
         _step(engine, step)
     pieces = agree_on_pieces(engine.state())
     keep = Retention(keep_last=2, keep_every_steps=None, keep_best=0)
-    Saver(tmp_path, engine.state(), pieces, retention=keep, asynchronous=False, timeout_seconds=60.0).start(2, {})
+    saver = Saver(tmp_path, engine.state(), pieces, retention=keep, asynchronous=False, timeout_seconds=60.0)
+    saver.start(2, {})
+    saver.finish()
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     fresh = _engine(_model(), memory_format=second)
     load_state(checkpoint, fresh.state(), agree_on_pieces(fresh.state()))
-    fresh.restored(step=2, loss_scale={})
+    fresh.restored({})
     _assert_same(_copy(engine.state()), _copy(fresh.state()))
     if first == second:
         assert _step(engine, 2) == _step(fresh, 2)
@@ -230,7 +232,7 @@ def test_steps_of_a_lower_precision_are_near_those_of_fp32(precision: str) -> No
 
 def test_the_loss_scale_is_restored() -> None:
     engine = _engine(_model(), precision="fp16")
-    engine.restored(step=7, loss_scale={"value": 1024.0, "good_steps": 1999})
+    engine.restored({"value": 1024.0, "good_steps": 1999})
     assert _step(engine, 7).outcome == "applied"
     assert engine.loss_scale() == {"value": 2048.0, "good_steps": 0}
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_shards.files import content_record
-from trainer.checkpoint import newest_checkpoint, read_tensors
+from trainer.checkpoint import read_tensors
 from trainer.descriptor import Descriptor
 from trainer.export import portable_recipe, write_export
+from trainer.manifest import newest_checkpoint
 from trainer.source import TIME_TABLE, WEIGHTS_FILE, load_source
 from trainer.stages import grid
 

@@ -136,7 +136,7 @@ class DeepSpeedZero:
         """See Engine.state."""
         return self.local.shards()
 
-    def restored(self, *, step: int, loss_scale: Mapping[str, float]) -> None:
+    def restored(self, loss_scale: Mapping[str, float]) -> None:
         """See Engine.restored."""
         self.scale.restore(loss_scale)
         publish(self.zero, stage=self.stage)

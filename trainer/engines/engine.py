@@ -76,8 +76,8 @@ class Engine(Protocol):
         """This rank's shards of the fp32 state, views that stay valid for the engine's life."""
         ...
 
-    def restored(self, *, step: int, loss_scale: Mapping[str, float]) -> None:
-        """Go on from a state that has been written into `state()`, as it was after `step` steps with that loss scale."""
+    def restored(self, loss_scale: Mapping[str, float]) -> None:
+        """Go on from a state that has been written into `state()`, with the loss scale that belongs to it."""
         ...
 
     def loss_scale(self) -> Mapping[str, float]:

@@ -99,7 +99,7 @@ class FullySharded:
         """See Engine.state."""
         return self.local.shards()
 
-    def restored(self, *, step: int, loss_scale: Mapping[str, float]) -> None:
+    def restored(self, loss_scale: Mapping[str, float]) -> None:
         """See Engine.restored."""
         self.scale.restore(loss_scale)
 
