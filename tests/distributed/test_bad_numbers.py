@@ -119,8 +119,8 @@ def _different(bits: dict[str, str], others: dict[str, str]) -> list[str]:
 
 
 def _row_major(tensor: Tensor) -> bytes:
-    local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return local.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _spoiled(task: Task, config: RunConfig, bad: Bad) -> Task:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ from trainer.save import Saver
 OPTIM = OptimConfig(learning_rate=1e-2, max_gradient_norm=0.5, eps=1e-3)
 EMA = EmaConfig(decay=0.9)
 TWO_RATES = EmaConfig(decay=0.9, more_decays=(0.5,), warmup=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As a rank has on the CPU: on a busy machine two threads wait for each other, ten times as long as they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _model(*, frozen: bool = False) -> nn.Module:

@@ -52,11 +52,11 @@ def test_a_save_in_the_background_takes_the_state_as_it_was(tmp_path: Path) -> N
     weights, may_write = torch.zeros(5), threading.Event()
     saver = _saver(tmp_path, weights, asynchronous=True, before_commit=may_write.wait)
     saver.start(1, {"engine": "replicated"})
-    assert saver.busy and not saver.ended
+    assert not saver.ended
     weights.fill_(1.0)  # as the next steps do
     may_write.set()
     saver.finish()
-    assert not saver.busy and torch.equal(_saved(tmp_path), torch.zeros(5))
+    assert torch.equal(_saved(tmp_path), torch.zeros(5))
     saver.start(2, {})
     saver.finish()
     assert torch.equal(_saved(tmp_path), torch.ones(5))
@@ -67,6 +67,8 @@ def test_a_save_says_what_it_does_and_makes_reports_durable_first(tmp_path: Path
     told: list[str] = []
     saver = _saver(tmp_path, torch.zeros(5), asynchronous=False, before_commit=lambda: told.append("reports"), progress=told.append)
     saver.start(1, {})
+    assert saver.ended
+    saver.finish()
     assert told == ["stage", "write", "reports", "commit", ""]
 
 
@@ -86,9 +88,11 @@ def test_a_full_disk_is_told_with_path_needed_and_free_bytes_and_leaves_the_olde
     saver.start(1, {})
     saver.finish()
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10_000, 9_000, 1_000))
-    message = rf"rank 0: No space left on device: .*{tmp_path / 'checkpoints'}: it needs {saver.needed_bytes} bytes, 1000 are free"
+    folder = tmp_path / "checkpoints" / "step_000002"
+    room = rf"\({saver.needed_bytes} bytes are needed, 1000 are free\)"
+    message = rf"rank 0 cannot save {folder}: No space left on device {room}; older checkpoints are as they were"
+    saver.start(2, {})
     with pytest.raises(OSError, match=message) as caught:
-        saver.start(2, {})
         saver.finish()
     assert caught.value.errno == errno.ENOSPC and saver.needed_bytes > 20_000
     assert _names(tmp_path) == ["step_000001"] and torch.equal(_saved(tmp_path), torch.full((5000,), 3.0))
@@ -102,7 +106,7 @@ def test_the_error_of_a_save_is_raised_once(tmp_path: Path, monkeypatch: pytest.
     saver = _saver(tmp_path, torch.zeros(5), asynchronous=True)
     monkeypatch.setattr("os.fsync", _refuse)
     saver.start(1, {})
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="step_000001: Input/output error; older checkpoints are as they were"):
         saver.finish()
     saver.finish()
     monkeypatch.undo()
@@ -113,6 +117,26 @@ def test_the_error_of_a_save_is_raised_once(tmp_path: Path, monkeypatch: pytest.
 
 def _refuse(_: int) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_whatever_goes_wrong_in_the_background_is_raised(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise KeyError("metrics")
+
+    saver = _saver(tmp_path, torch.zeros(5), asynchronous=True, before_commit=fail)
+    saver.start(1, {})
+    with pytest.raises(RuntimeError, match=r"rank 0 cannot save .*step_000001: KeyError\('metrics'\)"):
+        saver.finish()
+    assert _names(tmp_path) == []
+
+
+def test_what_is_committed_counts_even_if_older_ones_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = _saver(tmp_path, torch.zeros(5), asynchronous=False)
+    monkeypatch.setattr(saver.retention, "delete_old", lambda *_, **__: _refuse(0))
+    saver.start(1, {})
+    assert _names(tmp_path) == ["step_000001"] and "is committed, but older ones cannot be tidied away: [Errno 5]" in caplog.text
 
 
 def test_a_write_that_takes_less_than_it_is_given_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
