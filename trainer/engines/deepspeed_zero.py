@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from trainer import dist
 from trainer.config import EmaConfig, OptimConfig
-from trainer.engines.engine import LossPerImage, Outcome, State, StepResult, clip_factor, judge
+from trainer.engines.engine import LossPerImage, Outcome, State, StepResult
 from trainer.engines.local_state import LocalState
-from trainer.engines.loss_scale import LossScale
-from trainer.engines.precision import autocast
+from trainer.engines.precision import autocast, evaluation
 from trainer.engines.zero_partitions import ZeroOptimizer, partitions, places, publish
 from trainer.models.tiny_unet import Denoiser, denoiser
 from trainer.optim import build_optimizer
@@ -66,9 +65,8 @@ class DeepSpeedZero:
     ) -> None:
         """Raises: ValueError if DeepSpeed is not installed."""
         self.module, self.precision, self.micro_batches = module.to(dist.device()).train(), precision, micro_batches
-        self.max_gradient_norm, self.stage = optim.max_gradient_norm, stage
+        self.stage, self.gradient_norm = stage, 0.0
         self.memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[memory_format]
-        self.scale = LossScale(enabled=precision == "fp16")
         deepspeed = _import_deepspeed()
         trained: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = _cpu_adam(optim, trained) if cpu_offload else None
@@ -82,7 +80,6 @@ class DeepSpeedZero:
         optimizer = optimizer or build_optimizer(optim, trained)
         # DeepSpeed calls the optimizer in the middle of its step, once the gradient and its norm are whole; there we judge and clip.
         self.allow: Callable[[], bool] = lambda: False
-        self.factor = 1.0
         self.update = optimizer.step
         optimizer.step = self._guarded_update  # type: ignore[method-assign]
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
@@ -90,7 +87,9 @@ class DeepSpeedZero:
             self.deepspeed.compile()
         self.zero = cast("ZeroOptimizer", self.deepspeed.optimizer)
         weights = partitions(self.zero, stage=stage)
-        self.local = LocalState(weights, places(module, self.zero, stage=stage), optimizer=optimizer, ema=ema)
+        self.local = LocalState(
+            weights, places(module, self.zero, stage=stage), optimizer=optimizer, optim=optim, ema=ema, precision=precision
+        )
         self.denoiser = denoiser(self.deepspeed)
 
     def step(
@@ -105,32 +104,27 @@ class DeepSpeedZero:
             with autocast(self.precision):
                 loss = loss_per_image(self._predict).mean()
             # DeepSpeed divides by the accumulation and takes the mean over the ranks: together, by all micro-batches.
-            self.deepspeed.backward(loss * self.scale.value if self.scale.enabled else loss)
+            self.deepspeed.backward(loss * self.local.scale.value if self.local.scale.enabled else loss)
             sums[index] = loss.detach()
             if index != share[-1]:
                 self.deepspeed.step()
         dist.all_reduce_sum(sums)
         numbers = sums.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
-        judged: list[tuple[Outcome, float]] = []
+        # What stays so if DeepSpeed itself finds that the gradient is not finite: it clears it then, and updates nothing.
+        self.gradient_norm = float("inf")
+        outcome: Outcome = self.local.judge(loss_list, self.gradient_norm, loss_limit=loss_limit)
 
         def allow() -> bool:
-            if not judged:  # stage 3 and parameter groups call more than once a step
-                norm = float(self.zero._global_grad_norm) / self.scale.value
-                judged.append((judge(loss_list, norm, loss_limit=loss_limit, scaled=self.scale.enabled), norm))
-                self.factor = clip_factor(norm, max_gradient_norm=self.max_gradient_norm) / self.scale.value
-            return judged[0][0] == "applied"
+            nonlocal outcome
+            self.gradient_norm = float(self.zero._global_grad_norm) / self.local.scale.value
+            outcome = self.local.judge(loss_list, self.gradient_norm, loss_limit=loss_limit)
+            return outcome == "applied"
 
         self.allow = allow
         self.deepspeed.step()
-        if not judged:  # DeepSpeed itself found that the gradient is not finite, and cleared it
-            judged.append((judge(loss_list, float("inf"), loss_limit=loss_limit, scaled=self.scale.enabled), float("inf")))
-        outcome, gradient_norm = judged[0]
-        if outcome == "applied":
-            self.local.average(step)
-        if outcome != "bad":
-            self.scale.update(overflow=outcome == "overflow")
-        return StepResult(outcome, tuple(loss_list), gradient_norm, tuple(told))
+        self.local.finish(step, outcome)
+        return StepResult(outcome, tuple(loss_list), self.gradient_norm, tuple(told))
 
     def state(self) -> State:
         """See Engine.state."""
@@ -138,25 +132,16 @@ class DeepSpeedZero:
 
     def restored(self, loss_scale: Mapping[str, float]) -> None:
         """See Engine.restored."""
-        self.scale.restore(loss_scale)
+        self.local.scale.restore(loss_scale)
         publish(self.zero, stage=self.stage)
 
     def loss_scale(self) -> Mapping[str, float]:
         """See Engine.loss_scale."""
-        return self.scale.to_json()
+        return self.local.scale.to_json()
 
     def raw(self) -> Denoiser:
         """See Engine.raw."""
-
-        def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
-            self.module.eval()
-            # Gathered weights made in inference mode could not take part in training later.
-            with torch.inference_mode(False), torch.no_grad(), autocast(self.precision):
-                prediction = denoiser(self.module)(x_t.clone(), timestep.clone())
-            self.module.train()
-            return prediction.float()
-
-        return evaluate
+        return evaluation(self.module, denoiser(self.module), self.precision)
 
     @contextmanager
     def averaged(self) -> Iterator[Denoiser]:
@@ -174,8 +159,7 @@ class DeepSpeedZero:
         if not self.allow():
             return
         gradients = [buffer.grad for group in self.local.optimizer.param_groups for buffer in group["params"] if buffer.grad is not None]
-        if self.factor != 1:
-            torch._foreach_mul_(gradients, self.factor)
+        self.local.clip(gradients, self.gradient_norm)
         self.update()
 
 

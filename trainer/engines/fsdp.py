@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from trainer import dist
 from trainer.config import EmaConfig, OptimConfig
-from trainer.engines.engine import LossPerImage, State, StepResult, clip_factor, judge
+from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
-from trainer.engines.loss_scale import LossScale
-from trainer.engines.precision import autocast, lower_type
+from trainer.engines.precision import autocast, evaluation, lower_type
 from trainer.models.tiny_unet import Denoiser, denoiser
 from trainer.optim import build_optimizer
 
@@ -42,8 +41,7 @@ class FullySharded:
 
         replicas: copies of the shards (hybrid sharding); divides the number of ranks."""
         self.module, self.precision, self.micro_batches = module.to(dist.device()).train(), precision, micro_batches
-        self.max_gradient_norm, self.replicas = optim.max_gradient_norm, replicas
-        self.scale = LossScale(enabled=precision == "fp16")
+        self.replicas = replicas
         mesh = shard_mesh(replicas)
         # Weights travel in the precision that autocast would give them anyway; inputs stay as the loss made them.
         policy = MixedPrecisionPolicy(param_dtype=lower_type(precision), reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -58,7 +56,9 @@ class FullySharded:
         places = {name: _place(parameter, shard_group, buffer=number) for number, (name, parameter) in enumerate(held.items())}
         # Plain tensors that share the shards' memory: the optimizer's kernels need not know of the mesh.
         self.weights = [nn.Parameter(_local(parameter).view(-1)) for parameter in self.parameters]
-        self.local = LocalState(self.weights, places, optimizer=build_optimizer(optim, self.weights), ema=ema)
+        self.local = LocalState(
+            self.weights, places, optimizer=build_optimizer(optim, self.weights), optim=optim, ema=ema, precision=precision
+        )
         self.denoiser = _in_format(denoiser(module), memory_format)
 
     def step(
@@ -67,7 +67,7 @@ class FullySharded:
         """See Engine.step."""
         sums = torch.zeros(self.micro_batches + len(votes) + 1, device=dist.device())
         # FSDP2 takes the mean over the ranks, the global batch's loss is the mean over all micro-batches.
-        share = self.scale.value * dist.world_size() / self.micro_batches
+        share = self.local.scale.value * dist.world_size() / self.micro_batches
         for index, loss_per_image in zip(dist.share(self.micro_batches), losses, strict=True):
             with autocast(self.precision):
                 loss = loss_per_image(self.denoiser).mean()
@@ -82,17 +82,10 @@ class FullySharded:
         dist.all_reduce_sum(sums)
         *numbers, squared_norm = sums.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
-        gradient_norm = squared_norm**0.5 / self.scale.value
-        outcome = judge(loss_list, gradient_norm, loss_limit=loss_limit, scaled=self.scale.enabled)
-        if outcome == "applied":
-            factor = clip_factor(gradient_norm, max_gradient_norm=self.max_gradient_norm) / self.scale.value
-            if factor != 1:
-                torch._foreach_mul_(gradients, factor)
-            self.local.prepare(step, learning_rate=learning_rate)
-            self.local.optimizer.step()
-            self.local.average(step)
-        if outcome != "bad":
-            self.scale.update(overflow=outcome == "overflow")
+        gradient_norm = squared_norm**0.5 / self.local.scale.value
+        outcome = self.local.update(
+            step, gradients, losses=loss_list, gradient_norm=gradient_norm, learning_rate=learning_rate, loss_limit=loss_limit
+        )
         return StepResult(outcome, tuple(loss_list), gradient_norm, tuple(told))
 
     def state(self) -> State:
@@ -101,24 +94,15 @@ class FullySharded:
 
     def restored(self, loss_scale: Mapping[str, float]) -> None:
         """See Engine.restored."""
-        self.scale.restore(loss_scale)
+        self.local.scale.restore(loss_scale)
 
     def loss_scale(self) -> Mapping[str, float]:
         """See Engine.loss_scale."""
-        return self.scale.to_json()
+        return self.local.scale.to_json()
 
     def raw(self) -> Denoiser:
         """See Engine.raw."""
-
-        def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
-            self.module.eval()
-            # Gathered weights made in inference mode could not take part in training later.
-            with torch.inference_mode(False), torch.no_grad(), autocast(self.precision):
-                prediction = self.denoiser(x_t.clone(), timestep.clone())
-            self.module.train()
-            return prediction.float()
-
-        return evaluate
+        return evaluation(self.module, self.denoiser, self.precision)
 
     @contextmanager
     def averaged(self) -> Iterator[Denoiser]:

@@ -1,4 +1,4 @@
-"""This rank's part of weights, Adam's moments and averages: fp32 buffers, and where each parameter lies in them."""
+"""This rank's part of what is trained: fp32 weights, Adam's moments and averages, where parameters lie in them, and their update."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,9 +8,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trainer.config import EmaConfig
+from trainer.config import EmaConfig, OptimConfig
 from trainer.ema import ema_decay
-from trainer.engines.engine import Shard
+from trainer.engines.engine import Outcome, Shard, clip_factor, judge
+from trainer.engines.loss_scale import LossScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,9 +42,20 @@ class Place:
 class LocalState:
     """The fp32 buffers of one rank. Adam's step count is that of the loop, so that a step left out counts too."""
 
-    def __init__(self, weights: Sequence[Tensor], places: Mapping[str, Place], *, optimizer: torch.optim.Optimizer, ema: EmaConfig) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        places: Mapping[str, Place],
+        *,
+        optimizer: torch.optim.Optimizer,
+        optim: OptimConfig,
+        ema: EmaConfig,
+        precision: str,
+    ) -> None:
         """weights: flat buffers that `optimizer` updates. places: of every trained parameter of which this rank has a part."""
         self.weights, self.places, self.optimizer, self.warmup = list(weights), places, optimizer, ema.warmup
+        self.max_gradient_norm = optim.max_gradient_norm
+        self.scale = LossScale(enabled=precision == "fp16")
         self.decays = (ema.decay, *ema.more_decays)
         self.averages = [[buffer.detach().clone() for buffer in self.weights] for _ in self.decays]
         for buffer in self.weights:
@@ -56,6 +68,43 @@ class LocalState:
         named = {f"ema_{number}" if number else "ema": self._named(average) for number, average in enumerate(self.averages)}
         optimizer = {f"{moment}.{name}": shard for moment, buffers in moments.items() for name, shard in self._named(buffers).items()}
         return {"model": self._named(self.weights), **named, "optimizer": optimizer}
+
+    def judge(self, losses: Sequence[float], gradient_norm: float, *, loss_limit: float | None) -> Outcome:
+        """What becomes of a step; gradient_norm: without the loss scale."""
+        return judge(losses, gradient_norm, loss_limit=loss_limit, scaled=self.scale.enabled)
+
+    @torch.no_grad()
+    def clip(self, gradients: Sequence[Tensor], gradient_norm: float) -> None:
+        """Take the loss scale out of gradients and bring their norm to the largest allowed, in place."""
+        factor = clip_factor(gradient_norm, max_gradient_norm=self.max_gradient_norm) / self.scale.value
+        if factor != 1:
+            torch._foreach_mul_(list(gradients), factor)
+
+    def update(
+        self,
+        step: int,
+        gradients: Sequence[Tensor],
+        *,
+        losses: Sequence[float],
+        gradient_norm: float,
+        learning_rate: float,
+        loss_limit: float | None,
+    ) -> Outcome:
+        """Judge a step and, if it is good, clip, move the weights and the averages. gradients: of the weights, with the loss scale."""
+        outcome = self.judge(losses, gradient_norm, loss_limit=loss_limit)
+        if outcome == "applied":
+            self.clip(gradients, gradient_norm)
+            self.prepare(step, learning_rate=learning_rate)
+            self.optimizer.step()
+        self.finish(step, outcome)
+        return outcome
+
+    def finish(self, step: int, outcome: Outcome) -> None:
+        """What follows the optimizer: the averages move, the loss scale adapts."""
+        if outcome == "applied":
+            self.average(step)
+        if outcome != "bad":
+            self.scale.update(overflow=outcome == "overflow")
 
     def prepare(self, step: int, *, learning_rate: float) -> None:
         """Set what the optimizer's next call takes from the loop: the rate, and how many steps came before."""

@@ -1,8 +1,10 @@
 """The type of activations: torch's autocast around forwards, the same on every engine."""
 
 import torch
+from torch import Tensor, nn
 
 from trainer import dist
+from trainer.models.tiny_unet import Denoiser
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,6 +18,20 @@ def autocast(precision: str) -> torch.autocast:
     """The context for forwards on this rank's device; backwards follow by themselves."""
     dtype = lower_type(precision)
     return torch.autocast(dist.device().type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def evaluation(module: nn.Module, predict: Denoiser, precision: str) -> Denoiser:
+    """A network that is being trained as a function without gradient: in evaluation mode while it computes; the output is fp32."""
+
+    def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
+        module.eval()
+        # Weights that a sharded engine gathers in inference mode could not take part in training later.
+        with torch.inference_mode(False), torch.no_grad(), autocast(precision):
+            prediction = predict(x_t.clone(), timestep.clone())
+        module.train()
+        return prediction.float()
+
+    return evaluate
 
 
 def check_precision(precision: str) -> None:

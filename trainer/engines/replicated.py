@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer import dist
 from trainer.config import EmaConfig, OptimConfig
-from trainer.engines.engine import LossPerImage, State, StepResult, clip_factor, judge
+from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
-from trainer.engines.loss_scale import LossScale
-from trainer.engines.precision import autocast
+from trainer.engines.precision import autocast, evaluation
 from trainer.models.tiny_unet import Denoiser, denoiser
 from trainer.optim import build_optimizer
 
@@ -42,8 +41,7 @@ class Replicated:
 
         votes: how many numbers `step` adds up beside the losses."""
         self.module = module.to(dist.device()).train()
-        self.max_gradient_norm, self.micro_batches, self.precision = optim.max_gradient_norm, micro_batches, precision
-        self.scale = LossScale(enabled=precision == "fp16")
+        self.micro_batches, self.precision = micro_batches, precision
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         places, size = _flat_places(trained, channels_last=memory_format == "channels_last")
         weights = torch.zeros(size, device=dist.device())
@@ -57,7 +55,9 @@ class Replicated:
                 parameter.grad = places[name].view([self.gradients])
         self.flat = nn.Parameter(weights)
         self.flat.grad = self.gradients
-        self.local = LocalState([self.flat], places, optimizer=build_optimizer(optim, [self.flat]), ema=ema)
+        self.local = LocalState(
+            [self.flat], places, optimizer=build_optimizer(optim, [self.flat]), optim=optim, ema=ema, precision=precision
+        )
         if compile:
             module.compile()
         self.denoiser = denoiser(module)
@@ -67,7 +67,7 @@ class Replicated:
     ) -> StepResult:
         """See Engine.step."""
         self.reduced.zero_()
-        share = self.scale.value / self.micro_batches
+        share = self.local.scale.value / self.micro_batches
         for index, loss_per_image in zip(dist.share(self.micro_batches), losses, strict=True):
             with autocast(self.precision):
                 loss = loss_per_image(self.denoiser).mean()
@@ -78,17 +78,10 @@ class Replicated:
         norm = torch.linalg.vector_norm(self.gradients)
         numbers = self.tail.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
-        gradient_norm = norm.item() / self.scale.value
-        outcome = judge(loss_list, gradient_norm, loss_limit=loss_limit, scaled=self.scale.enabled)
-        if outcome == "applied":
-            factor = clip_factor(gradient_norm, max_gradient_norm=self.max_gradient_norm) / self.scale.value
-            if factor != 1:
-                self.gradients.mul_(factor)
-            self.local.prepare(step, learning_rate=learning_rate)
-            self.local.optimizer.step()
-            self.local.average(step)
-        if outcome != "bad":
-            self.scale.update(overflow=outcome == "overflow")
+        gradient_norm = norm.item() / self.local.scale.value
+        outcome = self.local.update(
+            step, [self.gradients], losses=loss_list, gradient_norm=gradient_norm, learning_rate=learning_rate, loss_limit=loss_limit
+        )
         return StepResult(outcome, tuple(loss_list), gradient_norm, tuple(told))
 
     def state(self) -> State:
@@ -97,24 +90,15 @@ class Replicated:
 
     def restored(self, loss_scale: Mapping[str, float]) -> None:
         """See Engine.restored."""
-        self.scale.restore(loss_scale)
+        self.local.scale.restore(loss_scale)
 
     def loss_scale(self) -> Mapping[str, float]:
         """See Engine.loss_scale."""
-        return self.scale.to_json()
+        return self.local.scale.to_json()
 
     def raw(self) -> Denoiser:
         """See Engine.raw."""
-
-        @torch.inference_mode()
-        def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
-            self.module.eval()
-            with autocast(self.precision):
-                prediction = denoiser(self.module)(x_t, timestep)
-            self.module.train()
-            return prediction.float()
-
-        return evaluate
+        return evaluation(self.module, denoiser(self.module), self.precision)
 
     @contextmanager
     def averaged(self) -> Iterator[Denoiser]:
