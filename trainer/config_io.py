@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, final, get_args
 
 from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -184,7 +184,8 @@ def _set(kind: type[Section], raw: _Raw, path: tuple[str, ...], value: Plain, pl
             raw.places[path[:depth]] = place
         node = node[part]
     section = section_at(kind, raw.tree, path[:-1])
-    if name == "kind" and section and "kind" in section.model_fields and section.model_fields["kind"].default != value:
+    # A kind with keys of its own starts its section anew; engine.kind or optim.kind is one key among others.
+    if name == "kind" and section and "kind" in section.model_fields and value not in get_args(section.model_fields["kind"].annotation):
         node.clear()
     node[name] = value
     for known in [known for known in raw.places if known[: len(path)] == path]:

@@ -109,6 +109,13 @@ def test_another_kind_starts_its_section_anew_wherever_it_stands_among_the_overr
     assert load_recipe(path, ["lr_schedule.kind=cosine"]).lr_schedule.warmup_steps == 50
 
 
+def test_another_kind_that_shares_its_sections_keys_keeps_them(tmp_path: Path) -> None:
+    path = write(tmp_path, LEAST + "engine: {kind: replicated, precision: bf16, deterministic: true}\noptim: {learning_rate: 2e-4}\n")
+    config = load_recipe(path, ["engine.kind=fsdp", "optim.kind=adam"])
+    assert (config.engine.kind, config.engine.precision, config.engine.deterministic) == ("fsdp", "bf16", True)
+    assert (config.optim.kind, config.optim.learning_rate) == ("adam", 2e-4)
+
+
 def test_a_section_without_a_kind_is_of_the_default_kind(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, LEAST), ["noise_schedule.steps=64", "logging.sample_steps=8"]).noise_schedule.steps == 64
 
