@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+_LARGEST_JSON_BYTES = 1 << 28
+
 
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
@@ -27,8 +29,12 @@ def write_durable(path: Path, content: bytes) -> None:
 def replace_file(path: Path, content: bytes | str) -> None:
     """Put `content` in place of the file at `path`, or leave the old one whole."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    write_durable(temporary, content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        write_durable(temporary, content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
 
 
@@ -40,10 +46,12 @@ def json_text(value: object) -> str:
 def read_json_object(path: Path) -> dict[str, object]:
     """The object in a JSON file.
 
-    Raises: ValueError naming the file if it is not there, not JSON or not an object."""
+    Raises: ValueError naming the file if it is not there, too large for what we write, not JSON or not an object."""
     try:
+        if path.stat().st_size > _LARGEST_JSON_BYTES:
+            raise ValueError(f"larger than {_LARGEST_JSON_BYTES} bytes")
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds {type(value).__name__}, wanted a JSON object")

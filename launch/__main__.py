@@ -189,7 +189,7 @@ def checkpoints(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
 ) -> None:
-    """List a run's checkpoints: step, size, age, why each is kept.
+    """List a run's checkpoints: step, size, age, loss, what wrote them, whether they are whole.
 
     Example:  halfstep checkpoints runs/smoke --verify"""
     folder = existing(run_dir)

@@ -128,7 +128,7 @@ def _record(content: bytes) -> LeaseRecord | None:
     """The record; None for a file whose writer died at once, or is just writing it."""
     try:
         fields = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     match fields:
         case {

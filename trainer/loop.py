@@ -40,6 +40,7 @@ GRID_SEED = 0
 VOTES = 2
 """What the ranks tell each other in every step's own reduction: the wish to stop, and that a save has ended."""
 _SAVE_TIMEOUT_SECONDS = 1800.0
+_LAST_SAVE_SECONDS = 60.0
 
 
 @final
@@ -94,6 +95,8 @@ class Loop:
             self.saver.close()
             raise
         finally:
+            # However it ended: a checkpoint that was on its way when a step was bad is not thrown away.
+            self.saver.wait(_LAST_SAVE_SECONDS)
             self._close()
         self.saver.close()
         self.stop.took(step - self.start_step)

@@ -158,19 +158,24 @@ class Retention:
             if step > newest:
                 delete(path)
         found = committed(run_dir)
-        last = self._last_good(found)
-        if len(found) <= len(last):
+        stay, counted = self._last_good(found)
+        if len(found) <= counted:
             return
-        losses = {step: loss for step, path in found if (loss := _mean_loss(path)) is not None}
-        best = set(sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best])
+        facts = {step: _facts(path) for step, path in found}
+        losses = {step: loss for step, fact in facts.items() if isinstance(loss := fact.get("mean_loss"), int | float)}
+        stay |= set(sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best])
+        stay |= {step for step, fact in facts.items() if fact.get("final") is True}
+        stay |= {step for step in facts if self.keep_every_steps is not None and step % self.keep_every_steps == 0}
         for step, path in found:
-            every = self.keep_every_steps is not None and step % self.keep_every_steps == 0
-            if step not in last and step not in best and not every and step < max(last):
+            if step not in stay:
                 delete(path)
 
-    def _last_good(self, found: Sequence[tuple[int, Path]]) -> set[int]:
-        """The steps of the newest `keep_last` checkpoints that verify; fewer where there are not so many."""
+    def _last_good(self, found: Sequence[tuple[int, Path]]) -> tuple[set[int], int]:
+        """The steps of the newest `keep_last` checkpoints that verify, and how many they are; fewer where there are not so many.
+
+        Beside them are those that cannot be read at this moment: nobody knows that they are damaged."""
         last: set[int] = set()
+        unreadable: set[int] = set()
         for step, path in reversed(found):
             if len(last) == self.keep_last:
                 break
@@ -180,10 +185,12 @@ class Retention:
                     verify_files(checkpoint, checkpoint.files)
                 except ValueError as error:
                     logger.warning("checkpoint %s is damaged; it does not count as one of the last: %s", path, error)
+                    if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                        unreadable.add(step)
                     continue
                 self.good.add(step)
             last.add(step)
-        return last
+        return last | unreadable, len(last)
 
 
 def _check_plain(parent: Path) -> None:
@@ -199,12 +206,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _mean_loss(path: Path) -> float | None:
+def _facts(path: Path) -> Mapping[str, object]:
+    """What a checkpoint's manifest says; nothing where it is damaged."""
     try:
-        value = read_checkpoint(path).manifest.get("mean_loss")
-    except (ValueError, OSError):
-        return None
-    return float(value) if isinstance(value, int | float) else None
+        return read_checkpoint(path).manifest
+    except ValueError:
+        return {}
 
 
 def _unsealed(path: Path) -> dict[str, object]:

@@ -85,6 +85,11 @@ class Saver:
         if self.error is not None:
             raise self.error
 
+    def wait(self, seconds: float) -> None:
+        """Give the save on its way, if any, so much time to end; how it ends is nobody's concern any more."""
+        if self.thread is not None:
+            self.thread.join(seconds)
+
     def close(self) -> None:
         """Give the process group back; no save is on its way. Collective."""
         assert self.thread is None, "finish comes first"

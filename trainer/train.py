@@ -130,7 +130,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, task: Task, pieces: Sequence
     """Load a verified checkpoint after checking that it was made by the same task. Collective.
 
     Raises: ValueError if it was not."""
-    saved = Descriptor.from_json(checkpoint.manifest["descriptor"])
+    saved = Descriptor.from_json(checkpoint.manifest.get("descriptor"), where=str(checkpoint.path / "manifest.json"))
     if saved != task.descriptor:
         raise ValueError(f"{checkpoint.path} was made with another teacher or schedule: {saved.difference(task.descriptor)}")
     load_state(checkpoint, engine.state(), pieces)

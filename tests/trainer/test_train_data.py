@@ -15,6 +15,7 @@ from trainer.config import RunConfig
 from trainer.metrics import DataBudgetSpent
 from trainer.stop import StopRequest
 from trainer.train import train
+from trainer.watch import Watch
 
 
 def _run_dir(root: Path, **data: object) -> Path:
@@ -38,15 +39,23 @@ def _run_dir(root: Path, **data: object) -> Path:
     return root / "run"
 
 
+def _train(run_dir: Path) -> int:
+    watch = Watch(run_dir, rank=0, world_size=1, limit_seconds=300)
+    try:
+        return train(run_dir, StopRequest(), watch)
+    finally:
+        watch.close()
+
+
 def test_a_bad_sample_ends_the_run_by_name(tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match=r"shard-000000\.tar: sample '.*' at byte \d+"):
-        train(_run_dir(tmp_path), StopRequest())
+        _train(_run_dir(tmp_path))
 
 
 def test_a_skipped_sample_is_named_counted_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = _run_dir(tmp_path, on_bad_sample="skip")
     with caplog.at_level(logging.WARNING):
-        assert train(run_dir, StopRequest()) == 0
+        assert _train(run_dir) == 0
     replaced = [line for line in map(json.loads, (run_dir / "ledger" / "rank_0.jsonl").read_text().splitlines()) if "replaced" in line]
     assert len(replaced) == 2, "4 steps of 4 are two epochs of 8 samples"
     assert "skipped shard-000000.tar" in caplog.text
@@ -56,4 +65,4 @@ def test_a_skipped_sample_is_named_counted_and_replaced(tmp_path: Path, caplog: 
 def test_the_budget_for_bad_samples_is_kept(tmp_path: Path) -> None:
     run_dir = _run_dir(tmp_path, on_bad_sample="skip", max_bad_samples=1)
     with pytest.raises(DataBudgetSpent, match=r"2 samples were bad, data\.max_bad_samples allows 1"):
-        train(run_dir, StopRequest())
+        _train(run_dir)
