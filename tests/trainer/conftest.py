@@ -78,8 +78,9 @@ def _write_run(
     model = build_tiny_unet(recipe.model, IMAGE_SIZE)
     generator = torch.Generator().manual_seed(seed)
     random = {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in model.state_dict().items()}
-    parts = {"model": {name: tensor + 0.01 for name, tensor in random.items()}, "ema": random}
-    write_checkpoint(run_dir, 7, parts=parts, facts={"descriptor": descriptor.to_json(), "ema_decays": [0.995]})
+    shifts = {"model": 0.01, "ema": 0.0, "ema_1": 0.02}
+    parts = {part: {name: tensor + shift for name, tensor in random.items()} for part, shift in shifts.items()}
+    write_checkpoint(run_dir, 7, parts=parts, facts={"descriptor": descriptor.to_json(), "ema_decays": [0.995, 0.9]})
     return run_dir
 
 

@@ -41,6 +41,16 @@ def test_a_run_loads_the_ema_weights_of_its_newest_checkpoint(write_run: WriteRu
     assert not any(parameter.requires_grad for parameter in source.model.parameters())
 
 
+def test_another_average_is_chosen_by_its_decay(write_run: WriteRun, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    first, other = load_source(run_dir), load_source(run_dir, ema=0.9)
+    assert load_source(run_dir, ema=0.995).weights_sha256 == first.weights_sha256 != other.weights_sha256
+    weights = first.model.state_dict()
+    assert all(torch.equal(tensor, weights[name] + 0.02) for name, tensor in other.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"no average of decay 0\.99; give one of 0\.995, 0\.9"):
+        load_source(run_dir, ema=0.99)
+
+
 def test_loading_a_source_draws_no_random_number(write_run: WriteRun, tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run")
     before = torch.get_rng_state()
