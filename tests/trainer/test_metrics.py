@@ -2,11 +2,14 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from trainer.metrics import Reporter, StepMetrics, Workload, measure_step, peak_memory_gib
 
@@ -62,10 +65,12 @@ def test_the_progress_line_shows_mfu_where_it_is_known(
     assert shown in capsys.readouterr().err
 
 
-def test_tensorboard_shows_no_step_twice_after_resumes(tmp_path: Path) -> None:
+def test_tensorboard_shows_no_step_twice_after_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three attempts, each resumed from a step that the one before had passed: as many event files in one folder."""
     run_dir = tmp_path / "run"
     for attempt, (start, stop) in enumerate([(0, 10), (6, 14), (6, 12)]):
+        # Files are read by name, which begins with the second of their making: real attempts are seconds apart.
+        monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=partial(float, 1_700_000_000 + attempt)))
         report(run_dir, [measured(step, loss=100.0 * attempt + step) for step in range(start, stop)], start_step=start)
     assert len(list((run_dir / "tensorboard").iterdir())) == 3
     board = read_board(run_dir)
