@@ -97,7 +97,7 @@ MOMENTS = {
     "data": Moment(_phase("data"), seconds=0.0003),
     "compute": Moment(_phase("compute"), seconds=0.01),
     "reduce": Moment(_phase("reduce"), seconds=0.001),
-    "stage": Moment(_phase("stage"), seconds=0.0003),
+    "stage": Moment(_phase("stage"), seconds=0.0003, until=0.7),
     "write": Moment(_saving("write"), seconds=0.005),
     "commit": Moment(_saving("commit"), seconds=0.005),
     "sample": Moment(_phase("sample"), seconds=0.03),
