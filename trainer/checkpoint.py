@@ -62,8 +62,9 @@ def agree_on_pieces(state: State) -> list[Piece]:
     Raises: RuntimeError if the ranks' shards overlap or leave a gap. Collective.
     Source: the plan is made by torch.distributed.checkpoint's DefaultSavePlanner."""
     own = {name: (shard.shape, shard.start, shard.values.numel()) for name, shard in named_shards(state).items()}
-    plans = [SavePlan([_write_item(name, *place) for name, place in json.loads(text).items()]) for text in _all_texts(json.dumps(own))]
-    shapes = {name: tuple(shape) for text in _all_texts(json.dumps(own)) for name, (shape, _, _) in json.loads(text).items()}
+    held = [json.loads(text) for text in dist.all_gather_text(json.dumps(own))]
+    plans = [SavePlan([_write_item(name, *place) for name, place in places.items()]) for places in held]
+    shapes = {name: tuple(shape) for places in held for name, (shape, _, _) in places.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner({}, is_coordinator=True)
     try:
@@ -137,7 +138,7 @@ def agreed_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files all verify, the files divided among the ranks; a damaged one is named and passed over.
 
     Raises: RuntimeError if the ranks do not see the same one. Collective."""
-    for step in json.loads(_all_texts(json.dumps([step for step, _ in committed(run_dir)]))[0])[::-1]:
+    for step in json.loads(dist.all_gather_text(json.dumps([step for step, _ in committed(run_dir)]))[0])[::-1]:
         path = run_dir / "checkpoints" / f"step_{step:06d}"
         checkpoint, verdict = None, ""
         try:
@@ -146,7 +147,7 @@ def agreed_checkpoint(run_dir: Path) -> Checkpoint | None:
             verify_files(checkpoint, [names[number] for number in dist.share(len(names))])
         except (ValueError, OSError) as error:
             verdict = str(error)
-        verdicts = _all_texts(json.dumps([verdict, checkpoint.sha256 if checkpoint else ""]))
+        verdicts = dist.all_gather_text(json.dumps([verdict, checkpoint.sha256 if checkpoint else ""]))
         reasons, seals = zip(*(json.loads(text) for text in verdicts), strict=True)
         if len(set(seals)) > 1:
             raise RuntimeError(f"{path}: the ranks do not see the same checkpoint; RUN_DIR must be one folder that all nodes share")
@@ -242,10 +243,6 @@ def _saved_piece(place: object, file_bytes: Mapping[str, int]) -> tuple[str, int
         case [str(file), int(start), int(count)] if 0 < count * _FLOAT_BYTES <= file_bytes.get(file, 0):
             return file, start, count
     return None
-
-
-def _all_texts(text: str) -> list[str]:
-    return dist.all_gather_text(text)
 
 
 def _chunk(start: int, count: int) -> ChunkStorageMetadata:
