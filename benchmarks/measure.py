@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from launch.rank_env import rank_environment
+from launch.cluster import LocalCluster
+from launch.rank_env import Place, rank_environment
 
 
 def print_ratio(name: str, ratios: Sequence[float], *, against: str, **figures: float) -> None:
@@ -47,18 +48,11 @@ def run_ranks(words: Sequence[str], *, ranks: int) -> None:
     Raises: RuntimeError if one fails."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = []
     for rank in range(ranks):
         environment = rank_environment(
-            inherited,
-            rank=rank,
-            local_rank=rank,
-            local_world_size=ranks,
-            world_size=ranks,
-            master_address="127.0.0.1",
-            master_port=port,
-            threads=1,
+            inherited, Place(rank, rank, ranks, ranks, "127.0.0.1", port), LocalCluster(), launcher="benchmark", interface="lo"
         )
         processes.append(subprocess.Popen([sys.executable, *words], env=environment))
     if sum(process.wait() != 0 for process in processes):  # all are waited for

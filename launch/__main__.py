@@ -13,6 +13,8 @@ from launch.arguments import (
     Cluster,
     Deterministic,
     DryRun,
+    Follow,
+    Here,
     Overrides,
     Ranks,
     Recipe,
@@ -64,14 +66,17 @@ def train(
     deterministic: Deterministic = False,
     allow_fresh: AllowFresh = False,
     dry_run: DryRun = False,
+    follow: Follow = False,
+    here: Here = False,
 ) -> None:
     """Train a recipe. The same command again resumes the run exactly.
 
     Example:  halfstep train smoke --ranks 2 train.steps=100 optim.learning_rate=3e-4"""
-    from launch.start import start_train
+    from launch.start import How, start_train
 
     changes = _changes(overrides, deterministic=deterministic)
-    end(start_train(recipe, changes, run_dir=run_dir, cluster=cluster, ranks=ranks, dry_run=dry_run, allow_fresh=allow_fresh))
+    how = How(run_dir, cluster, ranks, dry_run=dry_run, allow_fresh=allow_fresh, follow=follow, here=here)
+    end(start_train(recipe, changes, how))
 
 
 @app.command()
@@ -84,14 +89,17 @@ def distill(
     deterministic: Deterministic = False,
     allow_fresh: AllowFresh = False,
     dry_run: DryRun = False,
+    follow: Follow = False,
+    here: Here = False,
 ) -> None:
     """Halve a teacher's steps again and again: a chain of runs. The same command again continues it.
 
     Example:  halfstep distill smoke --ranks 2 distill.end_steps=1"""
-    from launch.start import start_distill
+    from launch.start import How, start_distill
 
     changes = _changes(overrides, deterministic=deterministic)
-    end(start_distill(recipe, changes, run_dir=run_dir, cluster=cluster, ranks=ranks, dry_run=dry_run, allow_fresh=allow_fresh))
+    how = How(run_dir, cluster, ranks, dry_run=dry_run, allow_fresh=allow_fresh, follow=follow, here=here)
+    end(start_distill(recipe, changes, how))
 
 
 @app.command()
@@ -270,7 +278,8 @@ def _changes(overrides: list[str] | None, *, deterministic: bool) -> list[str]:
 def _run(kind: str, path: Path, options: dict[str, object], *, ranks: int | None) -> int:
     """Runs a job that owns no folder on local ranks."""
     from launch.cluster import load_cluster
-    from launch.local import Job, run_job
+    from launch.job import Job
+    from launch.local import run_job
 
     cluster = load_cluster("local", [])
     count = ranks or cluster.ranks_per_node

@@ -18,7 +18,11 @@ Overrides = Annotated[
 Cluster = Annotated[str, typer.Option(metavar="C", help="A cluster file, or a shipped one's name.")]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run lives. Default: runs/<recipe name>.")]
 Ranks = Annotated[int | None, typer.Option(min=1, metavar="N", help="Run on N local ranks. Default: the cluster file's.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, start nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print every file and command, start nothing.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="Of a queued run: show its log and end with its exit code. Ctrl-C leaves it running.")
+]
+Here = Annotated[bool, typer.Option("--here", help="Inside a Slurm allocation (sbatch, salloc): run on its nodes at once.")]
 AllowFresh = Annotated[
     bool,
     typer.Option("--allow-fresh", help="Start over where a run's checkpoints are all damaged or gone; without it that is an error."),

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
-from launch.cluster import load_cluster
-from launch.local import Job, run_job
-from launch.start import check_ranks, pack_faces, start_distill
+from launch.cluster import LocalCluster
+from launch.job import Job
+from launch.local import run_job
+from launch.start import How, check_ranks, pack_faces, start_distill
 from trainer.config import student_counts
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
@@ -75,12 +76,12 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
             held_out=held_out,
         )
     )
-    clock, machines = Clock(), load_cluster("local", [])
+    clock, machines = Clock(), LocalCluster()
     with clock.part("shards"):
         pack_faces(faces, out / "shards")
         reference = pack_faces(faces.model_copy(update={"count": held_out}), out / "reference", start=faces.count)
     with clock.part("teacher and halvings"):
-        code = start_distill(recipe, [], run_dir=out, cluster="local", ranks=ranks)
+        code = start_distill(recipe, [], How(run_dir=out, ranks=ranks))
     if code != DONE:
         return code
     steps = [config.noise_schedule.steps, *students]

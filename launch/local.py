@@ -1,6 +1,5 @@
 """Ranks on this machine: start them, watch them, end them together."""
 
-import json
 import os
 import select
 import signal
@@ -10,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from data_shards.files import json_text, read_json_object, replace_file
-from launch.cluster import ClusterConfig
-from launch.rank_env import rank_environment
+from launch.cluster import ClusterConfig, LocalCluster
+from launch.ends import End, Restarts, log_end, read_end, record_end, take_end
+from launch.job import Job
+from launch.network import LOOPBACK
+from launch.rank_env import Place, rank_environment
 from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 from trainer.stop import STOP_SIGNALS
 
@@ -25,26 +26,18 @@ _LOG_LINES = 12
 _GRACE_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the ranks are to do: a kind the worker knows, the folder it is about, and JSON options."""
-
-    kind: str
-    path: Path
-    options: dict[str, object]
-
-
 def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | None = None, lock: int | None = None) -> int:
     """Run a job on `ranks` processes of this machine and return its exit code: that of the rank at fault, 0 if all are done.
 
     run_dir: where logs and exit.json go; None for jobs that own no folder. lock: descriptor of its lock, for the ranks to inherit.
     A rank that is killed by a signal counts as lost (70); when one has failed the others have ten seconds to leave, and none
     where they are stopped (SIGSTOP)."""
-    if run_dir:
-        job = replace(job, options={**job.options, "previous_end": _take_exit_record(run_dir)})
+    previous = take_end(run_dir) if run_dir else None
+    if previous:
+        job = replace(job, options={**job.options, "previous_end": str(previous)})
     processes: list[subprocess.Popen[bytes]] = []
     with _ForwardedSignals(processes) as signals:
-        with socket.create_server(("127.0.0.1", 0), backlog=max(16, ranks)) as listening:
+        with socket.create_server((LOOPBACK, 0), backlog=max(16, ranks)) as listening:
             _start(processes, job, cluster, ranks=ranks, run_dir=run_dir, listening=listening, lock=lock)
         signals.repeat()
         codes = _watch(processes)
@@ -59,14 +52,19 @@ def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | Non
     return worker_code
 
 
-def _take_exit_record(run_dir: Path) -> str | None:
-    """How the last attempt ended, removed so that this one's end is not mistaken for it; None where it could not say."""
-    record = run_dir / "exit.json"
-    if not record.exists():
-        return None
-    fields = read_json_object(record)
-    record.unlink()
-    return f"{fields.get('code')}: {fields.get('reason')}"
+def run_until_done(job: Job, cluster: LocalCluster, *, ranks: int, run_dir: Path, lock: int) -> int:
+    """run_job, started again by itself as often as the cluster file allows."""
+    restarts = Restarts.begin(run_dir, limit=cluster.max_restarts, first=True)
+    while True:
+        code = run_job(job, cluster, ranks=ranks, run_dir=run_dir, lock=lock)
+        end = read_end(run_dir) or End(code, f"exit code {code}")
+        # A local run that was asked to stop was asked by a person.
+        decision, why = ("stop", end.reason) if code == CALL_AGAIN else restarts.decide(end)
+        log_end(run_dir, end, decision, why, job_id=f"local {os.getpid()}")
+        if decision != "again":
+            return code
+        sys.stderr.write(f"starting again: {why}\n")
+        restarts = Restarts.begin(run_dir, limit=cluster.max_restarts, first=False)
 
 
 def _start(
@@ -80,23 +78,14 @@ def _start(
     lock: int | None,
 ) -> None:
     """Start the ranks, adding each to `processes` at once."""
-    timeout = str(cluster.collective_timeout_seconds)
-    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HALFSTEP_LAUNCHER": "local", "HALFSTEP_TIMEOUT_SECONDS": timeout}
-    command = [sys.executable, "-m", "launch.worker", job.kind, str(job.path), json.dumps(job.options)]
+    inherited = dict(os.environ)
+    command = job.command(sys.executable)
     port = listening.getsockname()[1]
     if lock is not None:
         inherited["HALFSTEP_LOCK_FD"] = str(lock)
     for rank in range(ranks):
-        environment = rank_environment(
-            inherited,
-            rank=rank,
-            local_rank=rank,
-            local_world_size=ranks,
-            world_size=ranks,
-            master_address="127.0.0.1",
-            master_port=port,
-            threads=cluster.threads_per_rank,
-        )
+        place = Place(rank, rank, ranks, ranks, LOOPBACK, port)
+        environment = rank_environment(inherited, place, cluster, launcher="local", interface="lo")
         passed = [lock] if lock is not None else []
         if rank == 0 and ranks > 1:
             passed.append(listening.fileno())
@@ -118,15 +107,20 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def rank_log(run_dir: Path, rank: int) -> int:
+    """The open log of a rank other than 0, which keeps one of its own."""
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    return os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
 def _log(run_dir: Path | None, rank: int) -> int | None:
     """Where a rank's output goes: rank 0's to the terminal (it keeps a log of its own), the others' to their log file."""
     if rank == 0:
         return None
     if run_dir is None:
         return subprocess.DEVNULL
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    return os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    return rank_log(run_dir, rank)
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
@@ -218,19 +212,16 @@ def _explain(run_dir: Path, rank: int, code: int, worker_code: int) -> None:
     """Put the cause into exit.json, where the rank could not, and on the terminal: which rank, why, and where the logs are."""
     if worker_code == CALL_AGAIN:
         return
-    record = run_dir / "exit.json"
     if code < 0:
         reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
         reason += " (by the kernel, if memory ran out: see dmesg)" if -code == signal.SIGKILL else ""
-        _record(record, worker_code, reason, rank)
-    elif record.exists():
-        fields = read_json_object(record)
-        reason, named = str(fields.get("reason")), fields.get("rank")
-        rank = named if isinstance(named, int) else rank
+        record_end(run_dir, End(worker_code, reason, rank))
+    elif end := read_end(run_dir):
+        reason, rank = end.reason, rank if end.rank is None else end.rank
     else:
         reason = f"rank {rank} lost the other ranks" if code == PEER_LOST else f"rank {rank} ended with exit code {code}"
         if worker_code != BAD_INPUT:  # that rank left none on purpose: the folder is another job's
-            _record(record, worker_code, reason, rank)
+            record_end(run_dir, End(worker_code, reason, rank))
     if rank == 0 and code > 0 and worker_code != PEER_LOST:
         return  # it has said so itself
     lines = [f"rank {rank} failed first: {reason}"]
@@ -241,11 +232,3 @@ def _explain(run_dir: Path, rank: int, code: int, worker_code: int) -> None:
     if worker_code == PEER_LOST:
         lines.append("the same command goes on from the newest checkpoint")
     sys.stderr.write("\n".join(lines) + "\n")
-
-
-def _record(path: Path, worker_code: int, reason: str, rank: int) -> None:
-    """Leave how the run ended; on a full disk the exit code alone says it."""
-    try:
-        replace_file(path, json_text({"code": worker_code, "reason": reason, "rank": rank}))
-    except OSError as error:
-        sys.stderr.write(f"cannot write {path}: {error}\n")

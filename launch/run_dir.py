@@ -14,6 +14,7 @@ from data_shards.index import ShardIndex
 from launch.cluster import ClusterConfig
 from trainer.config import RunConfig, identity
 from trainer.config_io import dump_yaml
+from trainer.stop import clear_stop_request
 
 _PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow")
 _OPTIONAL_PACKAGES = ("xformers", "deepspeed", "ray", "submitit")
@@ -50,6 +51,7 @@ def _has_checkpoint(run_dir: Path) -> bool:
 def write_surroundings(run_dir: Path, cluster: ClusterConfig) -> None:
     """Write cluster.yaml and environment.json: where this attempt runs and with what."""
     replace_file(run_dir / "cluster.yaml", dump_yaml(cluster))
+    clear_stop_request(run_dir)
     environment = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -3,90 +3,153 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from data_shards.index import ShardIndex
 from launch.chain import freeze_chain, with_teacher
-from launch.cluster import ClusterConfig, load_cluster
-from launch.local import Job, run_job
+from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster, load_cluster
+from launch.job import Job
+from launch.local import run_until_done
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.shards import pack_source
 from trainer.config import FacesConfig, ProgressiveDistillationConfig, RunConfig
-from trainer.config_io import dump_yaml, load_recipe, recipe_path
+from trainer.config_io import load_recipe, recipe_path
+from trainer.exit_codes import DONE
 
 
-def start_train(
-    recipe: str,
-    overrides: Sequence[str],
-    *,
-    run_dir: Path | None,
-    cluster: str,
-    ranks: int | None,
-    dry_run: bool = False,
-    allow_fresh: bool = False,
-) -> int:
-    """Train a recipe, or resume it where RUN_DIR holds its run; returns the run's exit code.
+@dataclass(frozen=True)
+class How:
+    """What `halfstep train` and `halfstep distill` are told besides the recipe."""
 
-    ranks: of a local run; None takes the cluster file's. allow_fresh: start over where no checkpoint of the run is left whole.
-    Raises: ValueError for a recipe, data or folder that cannot be used."""
-    config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
-    if dry_run:
-        return _show(config, folder, count)
+    run_dir: Path | None = None
+    """None takes runs/<recipe name>."""
+    cluster: str = "local"
+    ranks: int | None = None
+    """Of a local run; None takes the cluster file's."""
+    dry_run: bool = False
+    allow_fresh: bool = False
+    """Start over where no checkpoint of the run is left whole."""
+    follow: bool = False
+    """Of a queued run: show its log and end with its exit code."""
+    here: bool = False
+    """Inside a Slurm allocation: run on its nodes at once."""
+
+
+def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
+    """Train a recipe, or resume it where RUN_DIR holds its run; returns the run's exit code, 0 for one that is queued.
+
+    Raises: ValueError for a recipe, cluster, data or folder that cannot be used."""
+    config, machines, folder = _prepare(recipe, overrides, how)
+    if how.dry_run:
+        return _show(Job("train", folder, {}), config, machines)
     if (folder / "chain.json").exists():
         raise ValueError(f"{folder}: holds a chain of halvings; go on with `halfstep distill`, or give another --run-dir")
+    if is_queued(folder, machines, how):
+        return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         shards = _shards(config, folder)
         seen = "shards" if config.data.shards is None else str(shards)
         config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
         freeze(folder, _with_absolute_teacher(config), shards=shards)
         write_surroundings(folder, machines)
-        return run_job(Job("train", folder, {"allow_fresh": allow_fresh}), machines, ranks=count, run_dir=folder, lock=lock)
+        warn_of_shared_shards(shards, machines)
+        return _launch(Job("train", folder, {"allow_fresh": how.allow_fresh}), machines, how, lock)
 
 
-def start_distill(
-    recipe: str,
-    overrides: Sequence[str],
-    *,
-    run_dir: Path | None,
-    cluster: str,
-    ranks: int | None,
-    dry_run: bool = False,
-    allow_fresh: bool = False,
-) -> int:
-    """Run a chain of halvings, or go on with it; returns the exit code of the stage that ended it, 0 when all are done.
+def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
+    """Run a chain of halvings, or go on with it; returns the exit code of the stage that ended it, 0 when all are done or queued.
 
-    ranks, allow_fresh: as in start_train.
-    Raises: ValueError for a recipe, teacher, data or folder that cannot be used."""
-    config, machines, folder, count = _prepare(recipe, overrides, run_dir=run_dir, cluster=cluster, ranks=ranks)
+    Raises: ValueError for a recipe, cluster, teacher, data or folder that cannot be used."""
+    config, machines, folder = _prepare(recipe, overrides, how)
     distill = config.distill
     if distill is None:
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
     if distill.teacher is not None:
         config = with_teacher(config, Path(distill.teacher))
-    if dry_run:
-        return _show(config, folder, count)
+    check_ranks(config, machines.ranks, batch=distill.global_batch_size)
+    if how.dry_run:
+        return _show(Job("distill", folder, {}), config, machines)
     if (folder / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: holds a single run; halve it with distill.teacher={folder} and another --run-dir")
-    check_ranks(config, count, batch=distill.global_batch_size)
+    if is_queued(folder, machines, how):
+        return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         shards = _shards(config, folder)
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)
-        return run_job(Job("distill", folder, {"allow_fresh": allow_fresh}), machines, ranks=count, run_dir=folder, lock=lock)
+        warn_of_shared_shards(shards, machines)
+        return _launch(Job("distill", folder, {"allow_fresh": how.allow_fresh}), machines, how, lock)
 
 
-def _prepare(
-    recipe: str, overrides: Sequence[str], *, run_dir: Path | None, cluster: str, ranks: int | None
-) -> tuple[RunConfig, ClusterConfig, Path, int]:
-    """Recipe, cluster, RUN_DIR and number of ranks, checked against each other."""
+def _prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig, ClusterConfig, Path]:
+    """Recipe, cluster and RUN_DIR, checked against each other."""
     own = [text for text in overrides if not text.startswith("cluster.")]
     config = load_recipe(recipe_path(recipe), own)
-    machines = load_cluster(cluster, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")])
-    count = ranks or machines.ranks_per_node
-    check_ranks(config, count)
-    check_engine(config, count)
-    return config, machines, run_dir or Path("runs") / recipe_path(recipe).stem, count
+    about_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    machines = load_cluster(how.cluster, [*about_cluster, *(_allocated() if how.here else [])])
+    if how.ranks is not None:
+        if not isinstance(machines, LocalCluster):
+            text = "is for runs on this machine; set cluster.nodes and cluster.ranks_per_node"
+            raise ValueError(f"--ranks {how.ranks}: {text}, or leave --cluster {how.cluster} out")
+        machines = machines.model_copy(update={"ranks_per_node": how.ranks})
+    check_ranks(config, machines.ranks)
+    check_engine(config, machines.ranks)
+    return config, machines, how.run_dir or Path("runs") / recipe_path(recipe).stem
+
+
+def _allocated() -> list[str]:
+    from launch.slurm_job import allocated
+
+    return allocated()
+
+
+def is_queued(folder: Path, machines: ClusterConfig, how: How) -> bool:
+    """Whether the run waits or runs as a job already, which is then said; a job that is held is let go on."""
+    if isinstance(machines, LocalCluster) or how.here:
+        return False
+    from launch.queued import let_go_on
+
+    return let_go_on(folder)
+
+
+def follow_queued(folder: Path) -> int:
+    """Show a queued run's log until it ends; returns its exit code."""
+    from launch.queued import follow
+
+    return follow(folder)
+
+
+def _launch(job: Job, machines: ClusterConfig, how: How, lock: int) -> int:
+    """Hand the job over to the launcher of the cluster's kind."""
+    match machines:
+        case LocalCluster():
+            return run_until_done(job, machines, ranks=machines.ranks, run_dir=job.path, lock=lock)
+        case SlurmCluster() if how.here:
+            from launch.slurm_job import run_here
+
+            return run_here(job, machines)
+        case SlurmCluster():
+            from launch.slurm import submit
+
+            submit(job, machines)
+            return follow_queued(job.path) if how.follow else DONE
+        case RayCluster():
+            from launch.ray_train import run_on_ray
+
+            return run_on_ray(job, machines, follow=how.follow)
+
+
+def warn_of_shared_shards(shards: Path, machines: ClusterConfig) -> None:
+    """Say so where ranks of several machines must read the same shard; on one machine that costs nothing."""
+    count, ranks = len(ShardIndex.load(shards).samples_per_shard), machines.ranks
+    if count < ranks and not isinstance(machines, LocalCluster):
+        sys.stderr.write(
+            f"warning: {ranks} ranks share {count} shard{'' if count == 1 else 's'} of {shards}: each is read by several ranks; "
+            f"for speed pack into at least {ranks} shards (halfstep shards pack --samples-per-shard N)\n"
+        )
 
 
 def check_ranks(config: RunConfig, ranks: int, *, batch: int | None = None) -> None:
@@ -96,7 +159,8 @@ def check_ranks(config: RunConfig, ranks: int, *, batch: int | None = None) -> N
     if count % ranks:
         raise ValueError(
             f"{ranks} ranks cannot divide {count} micro-batches (global batch {images} / data.micro_batch_size="
-            f"{config.data.micro_batch_size}); give --ranks a divisor of {count}, or change data.micro_batch_size"
+            f"{config.data.micro_batch_size}); give --ranks (or cluster.nodes x cluster.ranks_per_node) a divisor of {count}, "
+            "or change data.micro_batch_size"
         )
 
 
@@ -149,7 +213,9 @@ def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
     return Path(os.path.abspath(out))
 
 
-def _show(config: RunConfig, run_dir: Path, ranks: int) -> int:
-    """What a run would do, without doing it."""
-    sys.stdout.write(f"# would run on {ranks} local ranks in {run_dir}\n{dump_yaml(config)}")
-    return 0
+def _show(job: Job, config: RunConfig, machines: ClusterConfig) -> int:
+    """What a run would do, file by file, without doing it."""
+    from launch.dry_run import dry_run_text
+
+    sys.stdout.write(dry_run_text(job, config, machines))
+    return DONE

@@ -57,20 +57,30 @@ def _run(run_dir: Path, kind: str, options: dict[str, object]) -> int:
     stop = StopRequest()
     stop.install()  # before the seconds that importing torch takes
     rank, limit_seconds = _rank(), _limit_seconds()
+    # Where this host does not see the folder, the ranks find out together, once they have met.
+    seen, lease, watch = run_dir.is_dir(), None, None
     try:
-        _init_logging(run_dir)
-        lease = Lease.take(run_dir) if rank == 0 else None
+        _init_logging(run_dir if seen else None)
+        if seen and rank == 0:
+            lease = Lease.take(run_dir)
     except (ValueError, OSError) as error:
         code = _exit_code(error)
         _report(None, error, code)  # the folder may be another job's
+        _refuse(error)
         return code
-    watch = None
     try:
-        watch = _watch(run_dir, rank, limit_seconds, lease)
-        code = _joined(_job(kind, run_dir, options, stop, watch), timeout_seconds=limit_seconds + _LATER_SECONDS, watch=watch)
+        if seen:
+            watch = _watch(run_dir, rank, limit_seconds, lease, stop)
+        _join(limit_seconds + _LATER_SECONDS, watch)
+        _check_visible(run_dir)
+        assert watch is not None, "a folder that is not there is an error of check_visible"
+        watch.phase("import", 0)
+        code = _job(kind)(run_dir, options, stop, watch)
         if rank == 0:
             reason = "done" if code == DONE else "asked to stop; the same command goes on from the checkpoint"
             _write_record(run_dir, {"code": code, "reason": reason})
+        watch.phase("end", 0)
+        _part()
     except Exception as error:
         code = _exit_code(error)
         _report(run_dir, error, code)
@@ -86,7 +96,10 @@ def _work(path: Path, kind: str, options: dict[str, object]) -> int:
     unblock_signals()
     _init_logging(None)
     try:
-        return _joined(_job(kind, path, options), timeout_seconds=_limit_seconds(), watch=None)
+        _join(_limit_seconds(), None)
+        code = _job(kind)(path, options)
+        _leave()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -95,31 +108,50 @@ def _work(path: Path, kind: str, options: dict[str, object]) -> int:
         return code
 
 
-def _watch(run_dir: Path, rank: int, limit_seconds: float, lease: Lease | None) -> Watch:
+def _watch(run_dir: Path, rank: int, limit_seconds: float, lease: Lease | None, stop: StopRequest) -> Watch:
     world_size, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Watch(run_dir, rank=rank, world_size=world_size, limit_seconds=limit_seconds, several_hosts=here < world_size, lease=lease)
+    several_hosts = here < world_size
+    return Watch(
+        run_dir, rank=rank, world_size=world_size, limit_seconds=limit_seconds, several_hosts=several_hosts, lease=lease, stop=stop
+    )
 
 
-def _joined(job: Callable[[], int], *, timeout_seconds: float, watch: Watch | None) -> int:
-    """Do the job among the other ranks; returns its exit code."""
+def _join(timeout_seconds: float, watch: Watch | None) -> None:
+    """Meet the other ranks. Collective."""
+    if watch:
+        watch.phase("import", 0)
     from trainer import dist
 
     if watch:
         watch.phase("rendezvous", 0)
     dist.init_process_group(timeout_seconds=timeout_seconds)
-    code = job()
+
+
+def _check_visible(run_dir: Path) -> None:
+    from trainer.visible import check_visible
+
+    check_visible(run_dir)
+
+
+def _part() -> None:
+    """Leave the others after rank 0 has written how the run ended: some launchers end all ranks when the first one leaves."""
+    from trainer import dist
+
+    with contextlib.suppress(RuntimeError):  # the run has ended, whatever becomes of a rank from now on
+        dist.barrier()
+    _leave()
+
+
+def _leave() -> None:
+    from trainer import dist
+
     dist.destroy_process_group()
-    return code
 
 
-def _job(kind: str, *arguments: object) -> Callable[[], int]:
-    """The job, ready to be called; its module is imported then, after the ranks have joined."""
-
-    def call() -> int:
-        module, function = _JOBS[kind].split(":")
-        return getattr(import_module(module), function)(*arguments)
-
-    return call
+def _job(kind: str) -> Callable[..., int]:
+    """The job's function; its module is imported now, after the ranks have joined."""
+    module, function = _JOBS[kind].split(":")
+    return getattr(import_module(module), function)
 
 
 def _rank() -> int:
@@ -176,6 +208,13 @@ def _report(run_dir: Path | None, error: Exception, code: int) -> None:
         _write_or_say(lambda: _append(log, text), str(log))
     if run_dir and code != PEER_LOST:
         _write_record(run_dir, {"code": code, "reason": f"{type(error).__name__}: {error}", "rank": rank})
+
+
+def _refuse(error: Exception) -> None:
+    """Tell the launcher that this attempt was not allowed to begin, in a file of its own: exit.json may be another job's."""
+    path = os.environ.get("HALFSTEP_REFUSAL")
+    if path:
+        _write_or_say(lambda: replace_file(Path(path), f"{error}\n"), path)
 
 
 def _write_record(run_dir: Path, record: dict[str, object]) -> None:

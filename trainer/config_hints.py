@@ -1,7 +1,7 @@
 """What a mistaken key or value was probably meant to be."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from pydantic.fields import FieldInfo
@@ -137,14 +137,18 @@ def near_value(got: str, allowed: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, allowed, 1, 0.5)), None)
 
 
-def unknown_key(root: type[Section], tree: Plain, path: KeyPath, *, prefix: str = "") -> str:
-    """What to say of a key that its section does not have; `prefix` stands before the key that it suggests."""
+def unknown_key(root: type[Section], tree: Plain, path: KeyPath, *, prefix: str = "", others: Sequence[type[Section]] = ()) -> str:
+    """What to say of a key that its section does not have; `prefix` stands before the key that it suggests.
+
+    others: what the whole file might have been instead."""
     *parents, name = (str(part) for part in path)
     section = section_at(root, tree, tuple(parents))
-    for other in _other_kinds(root, tuple(parents)):
-        if name in other.model_fields:
-            kind = other.model_fields["kind"].default
-            return f"unknown key; it belongs to {'.'.join(parents)}.kind={kind}"
+    if kinds := [
+        f"{'.'.join([*parents, 'kind'])}={other.model_fields['kind'].default}"
+        for other in (_other_kinds(root, tuple(parents)) if parents else others)
+        if name in other.model_fields
+    ]:
+        return f"unknown key; it belongs to {prefix if not parents else ''}{' or '.join(kinds)}"
     near = _near_key(root, tree, parents, name)
     if near:
         return f"unknown key - did you mean '{prefix}{near}'?"

@@ -65,6 +65,7 @@ class _Raw:
     source: str
     places: dict[KeyPath, tuple[str, int]]
     prefix: str
+    others: Sequence[type[Section]] = ()
     mistakes: list[Mistake] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> tuple[str, int]:
@@ -85,17 +86,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(RunConfig, path, overrides)
 
 
-def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = (), *, prefix: str = "") -> ConfigT:
+def load_config(
+    kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = (), *, prefix: str = "", others: Sequence[type[Section]] = ()
+) -> ConfigT:
     """A configuration file of any kind; `prefix`, such as `cluster.`, stands before the key of each override.
 
+    others: what the file might have been instead, by its key `kind`; of use for messages.
     Raises: RecipeErrors with every mistake; ValueError if there is no such file."""
-    raw = _read(kind, Path(path), prefix)
+    raw = _read(kind, Path(path), prefix, others)
     _apply(kind, raw, overrides)
     _fill_kinds(kind, raw.tree)
     config = _validate(kind, raw)
     if raw.mistakes or config is None:
         raise RecipeErrors(sorted(raw.mistakes, key=lambda mistake: (mistake.source == _COMMAND_LINE, mistake.line)))
     return config
+
+
+def written_kind(path: Path, overrides: Sequence[str], *, prefix: str, default: str) -> tuple[Plain, str, int]:
+    """The value of a file's own key `kind`, which says what else may stand in the file; and where it stands (source, line).
+
+    Raises: RecipeErrors, ValueError as load_config."""
+    raw = _read(Section, path, prefix)
+    _apply(Section, raw, [text for text in overrides if text.partition("=")[0].strip().removeprefix(prefix) == "kind"])
+    if raw.mistakes:
+        raise RecipeErrors(raw.mistakes)
+    return (raw.tree.get("kind", default), *raw.place(("kind",)))
 
 
 def dump_yaml(config: Section) -> str:
@@ -137,7 +152,7 @@ def config_path(name_or_path: str, *, folder: str) -> Path:
     raise ValueError(f"{name_or_path}: {problem}{hint} (shipped: {', '.join(files)})")
 
 
-def _read(kind: type[Section], path: Path, prefix: str) -> _Raw:
+def _read(kind: type[Section], path: Path, prefix: str, others: Sequence[type[Section]] = ()) -> _Raw:
     source = os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,7 +164,7 @@ def _read(kind: type[Section], path: Path, prefix: str) -> _Raw:
         document = strict_yaml.parse(text)
     except YamlError as error:
         raise RecipeErrors([Mistake(source, error.line, "", str(error))]) from None
-    raw = _Raw(document.tree, source, {key: (source, line) for key, line in document.lines.items()}, prefix)
+    raw = _Raw(document.tree, source, {key: (source, line) for key, line in document.lines.items()}, prefix, others)
     raw.mistakes.extend(
         Mistake(source, line, dotted(key), f"stands twice, first in line {first}; remove one") for key, line, first in document.duplicates
     )
@@ -265,7 +280,7 @@ def _problems(kind: type[Section], raw: _Raw, error: ValidationError) -> list[_F
             case "extra_forbidden":
                 typed = _typed(raw, path)
                 prefix = raw.prefix if raw.place(typed)[0] == _COMMAND_LINE else ""
-                found.append(_Found((typed,), unknown_key(kind, raw.tree, typed, prefix=prefix), (path,)))
+                found.append(_Found((typed,), unknown_key(kind, raw.tree, typed, prefix=prefix, others=raw.others), (path,)))
             case "missing":
                 path = _first_required(kind, raw.tree, path)
                 about = field_at(kind, raw.tree, path)

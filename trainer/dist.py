@@ -38,8 +38,8 @@ def device() -> torch.device:
 def init_process_group(*, timeout_seconds: float) -> None:
     """Join the ranks named by torch's standard variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    A launcher on one host passes rank 0 a listening socket as HALFSTEP_STORE_FD: no port can be taken in between, and the
-    store listens on loopback only.
+    A launcher on one host passes rank 0 a listening socket as HALFSTEP_STORE_FD; others have reserved MASTER_PORT on the address
+    MASTER_ADDR. Either way no port can be taken in between, and the store listens on that address only.
     Raises: RuntimeError if not all ranks come within `timeout_seconds`. Collective."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -51,20 +51,35 @@ def init_process_group(*, timeout_seconds: float) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         return
     number, limit = int(os.environ["RANK"]), timedelta(seconds=timeout_seconds)
-    listening = os.environ.get("HALFSTEP_STORE_FD")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        address,
+        port,
         size,
         is_master=number == 0,
         timeout=limit,
-        master_listen_fd=int(listening) if listening and number == 0 else None,
+        master_listen_fd=_listening_socket(address, port) if number == 0 else None,
         use_libuv=True,
     )
     # nccl refuses two ranks on one device; gloo carries CUDA tensors too.
     apart = torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
     backend = "cpu:gloo,cuda:nccl" if apart else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
+
+
+def _listening_socket(address: str, port: int) -> int:
+    """Descriptor of the socket on which rank 0's store listens."""
+    inherited = os.environ.get("HALFSTEP_STORE_FD")
+    if inherited:
+        return int(inherited)
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the launcher that reserved the port did
+    try:
+        listening.bind((address, port))
+        listening.listen(1024)
+    except OSError as error:
+        raise PeerLost(f"rank 0 on {socket.gethostname()} cannot listen on {address}:{port}: {error}") from error
+    return listening.detach()
 
 
 def destroy_process_group() -> None:

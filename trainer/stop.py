@@ -1,15 +1,33 @@
-"""Requests to stop: a signal or a time limit sets a flag, the loop asks for it at step boundaries."""
+"""Requests to stop: a signal, a time limit or a file sets a flag, the loop asks for it at step boundaries."""
 
 import os
 import select
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import final
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """What asks a rank to stop. SIGHUP (a closed terminal) only where nobody had it ignored, as nohup does."""
+
+_FILE = "stop_requested"
+
+
+def request_stop(run_dir: Path) -> None:
+    """Ask the job that runs in RUN_DIR, on whatever host, to commit a checkpoint and end. Raises: OSError."""
+    (run_dir / _FILE).touch()
+
+
+def is_stop_requested(run_dir: Path) -> bool:
+    """Whether request_stop was called since the run was last started by hand."""
+    return (run_dir / _FILE).exists()
+
+
+def clear_stop_request(run_dir: Path) -> None:
+    """Let the run be started again. Raises: OSError."""
+    (run_dir / _FILE).unlink(missing_ok=True)
 
 
 @final
@@ -49,6 +67,10 @@ class StopRequest:
             self._deadline = self._started + minutes * 60
             os.write(self._listen(), b"\0")
 
+    def ask(self, reason: str) -> None:
+        """Set the flag; from any thread."""
+        self.reason = self.reason or reason
+
     def may_take(self, steps: int | None) -> int | None:
         """How many steps are left of the attempt's limit, which the attempt's first run gives; None without one."""
         if self.steps_left is None:
@@ -61,7 +83,7 @@ class StopRequest:
             self.steps_left -= steps
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
     def _listen(self) -> int:
         """The descriptor that wakes the thread, which is started with the first call."""
@@ -78,7 +100,7 @@ class StopRequest:
         while True:
             deadline = None if self.reason else self._deadline
             if not poller.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000):
-                self.reason = self.reason or "time limit"
+                self.ask("time limit")
                 continue
             for number in os.read(reading, 4096):
                 if number in STOP_SIGNALS:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,9 +64,12 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         return CALL_AGAIN
     if checkpoint and checkpoint.step > config.train.steps:
         raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
+    watch.phase("data", 0)
     index = ShardIndex.load(run_dir / str(config.data.shards))
+    watch.phase("model", 0)
     task = build_task(config, run_dir, index.image_size)
     engine = build_engine(config, task)
+    watch.phase("restore", 0)
     pieces = agree_on_pieces(engine.state())
     if checkpoint:
         restore(engine, checkpoint, task, pieces)
@@ -75,7 +78,8 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         record_devices(
             run_dir, attention=task.attention, engine=config.engine.model_dump(mode="json"), deterministic=config.engine.deterministic
         )
-    _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end)
+    start_up = watch.start_up_seconds()
+    _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end, start_up_seconds=start_up)
     return Loop(config, run_dir, index, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
 
 
@@ -149,8 +153,8 @@ def _checkpoint_to_resume(run_dir: Path, *, allow_fresh: bool) -> Checkpoint | N
     return checkpoint
 
 
-def _record_attempt(run_dir: Path, start_step: int, *, previous_end: str | None) -> None:
-    """Add this attempt to attempts.jsonl. Collective."""
+def _record_attempt(run_dir: Path, start_step: int, *, previous_end: str | None, start_up_seconds: Mapping[str, float]) -> None:
+    """Add this attempt to attempts.jsonl; start_up_seconds: of rank 0, by phase. Collective."""
     hosts = dist.all_gather_text(socket.gethostname())
     if dist.is_rank_0():
         attempt = {
@@ -159,7 +163,9 @@ def _record_attempt(run_dir: Path, start_step: int, *, previous_end: str | None)
             "world_size": dist.world_size(),
             "hosts": sorted(set(hosts)),
             "launcher": os.environ.get("HALFSTEP_LAUNCHER", "none"),
+            "job_id": os.environ.get("HALFSTEP_JOB_ID"),
             "previous_end": previous_end,
+            "start_up_seconds": dict(start_up_seconds),
         }
         with open(run_dir / "attempts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(attempt) + "\n")

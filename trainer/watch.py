@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import final
 
 from data_shards.files import json_text, replace_file, write_durable
 from trainer.exit_codes import PEER_LOST
-from trainer.lease import Lease
+from trainer.lease import Lease, start_ticks
+from trainer.stop import StopRequest, is_stop_requested
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ _FILE_BYTES = 512
 _PHASE_BYTES = 18
 _SAVING_BYTES = 98
 _TIME_BYTES = 14
-_MORE_SECONDS = {"start": 600.0, "rendezvous": 20.0}
+_MORE_SECONDS = {"start": 600.0, "import": 600.0, "rendezvous": 20.0}
 """What a phase may last beyond the limit: importing torch from a cold network file system takes minutes, and not the same on each host."""
 _LAST_SECONDS = 10.0
 """What a rank that ends itself may take: the file system may hang too."""
@@ -66,11 +68,12 @@ class Watch:
         limit_seconds: float,
         several_hosts: bool = False,
         lease: Lease | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """Begin in phase `start`. several_hosts: whether other hosts' ranks read the file. lease: renewed with every beat; rank 0's.
 
-        Raises: OSError."""
-        self.lease = lease
+        stop: told when a stop is asked for in RUN_DIR (trainer.stop.request_stop). Raises: OSError."""
+        self.lease, self._stop = lease, stop
         self._several_hosts = several_hosts
         self._run_dir, self._rank, self._world_size, self._limit_seconds = run_dir, rank, world_size, limit_seconds
         self._interval = min(5.0, max(0.2, limit_seconds / 60))
@@ -81,6 +84,7 @@ class Watch:
         self._stacks.unlink(missing_ok=True)
         self._quoted: dict[str, bytes] = {}
         self._moved, self._phase, self._waited, self._beaten = True, "start", 0.0, time.monotonic()
+        self._start_up: list[tuple[str, float]] | None = [("start", time.monotonic() - _age_seconds())]
         self._seen: dict[int, tuple[float, float]] = {}  # of each other rank: its last new beat, and when it was seen here
         self._open_file()
         self._closing = threading.Event()
@@ -93,6 +97,16 @@ class Watch:
         self._map[self._main] = b'%12d, "phase": %b, "since": %14.3f' % (step, text, time.time())
         self._phase = name
         self._moved = True
+        if self._start_up is not None:
+            self._start_up.append((name, time.monotonic()))
+
+    def start_up_seconds(self) -> dict[str, float]:
+        """What each phase took from the start of the process until now; the first call ends the count."""
+        moments, self._start_up = [*(self._start_up or []), ("", time.monotonic())], None
+        seconds: dict[str, float] = {}
+        for (name, since), (_, until) in pairwise(moments):
+            seconds[name] = round(seconds.get(name, 0.0) + until - since, 3)
+        return seconds
 
     def tick(self) -> None:
         """Say that a long phase makes progress; from any thread."""
@@ -140,6 +154,8 @@ class Watch:
     def _serve(self) -> None:
         while not self._closing.wait(self._interval):
             self._beat()
+            if self._stop and not self._stop.reason and is_stop_requested(self._run_dir):
+                self._stop.ask("halfstep stop")
             if self._hang.exists() or self._is_hanging():
                 self._end()
 
@@ -275,6 +291,13 @@ def _others(beats: Mapping[int, Heartbeat], rank: int) -> str:
 def _advice(limit_seconds: float) -> str:
     limit = f"nothing moved for {limit_seconds:g} s (cluster.collective_timeout_seconds)"
     return f"; {limit}; the same command goes on from the newest checkpoint"
+
+
+def _age_seconds() -> float:
+    """How long ago this process was started."""
+    started = start_ticks(os.getpid())
+    assert started is not None, "a living process has a start time"
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def _made(path: Path) -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from launch.rank_env import rank_environment
+from launch.cluster import LocalCluster
+from launch.rank_env import Place, rank_environment
 
 ROOT = Path(__file__).parents[2]
 _START_SECONDS = 180.0
@@ -81,18 +82,14 @@ class RankPool:
             {
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-                "GLOO_SOCKET_IFNAME": "lo",
                 "CUDA_VISIBLE_DEVICES": "",  # the pool is about engines on the CPU, also where there is a GPU
                 "DS_ACCELERATOR": "cpu",
                 "HALFSTEP_ANSWERS_FD": str(writing),
             },
-            rank=rank,
-            local_rank=rank,
-            local_world_size=self.ranks,
-            world_size=self.ranks,
-            master_address="127.0.0.1",
-            master_port=listening.getsockname()[1],
-            threads=1,
+            Place(rank, rank, self.ranks, self.ranks, "127.0.0.1", listening.getsockname()[1]),
+            LocalCluster(),
+            launcher="pool",
+            interface="lo",
         )
         passed = [writing]
         if rank == 0 and self.ranks > 1:

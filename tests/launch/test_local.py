@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import ClusterConfig
+from launch.cluster import LocalCluster
 from launch.demo import run_demo
-from launch.local import Job, _blocked_signals, _explain, _watch, run_job
+from launch.job import Job
+from launch.local import _blocked_signals, _explain, _watch, run_job
 from launch.run_lock import is_locked, locked
 from launch.worker import _exit_code
 from trainer.lease import Lease
@@ -21,11 +22,11 @@ from trainer.stop import STOP_SIGNALS
 
 
 def test_bad_input_of_a_job_ends_with_64(tmp_path: Path) -> None:
-    assert run_job(Job("hash", tmp_path, {}), ClusterConfig(), ranks=1) == 64
+    assert run_job(Job("hash", tmp_path, {}), LocalCluster(), ranks=1) == 64
 
 
 def test_a_run_without_a_recipe_leaves_its_reason(tmp_path: Path) -> None:
-    assert run_job(Job("train", tmp_path, {}), ClusterConfig(), ranks=1, run_dir=tmp_path) == 64
+    assert run_job(Job("train", tmp_path, {}), LocalCluster(), ranks=1, run_dir=tmp_path) == 64
     record = json.loads((tmp_path / "exit.json").read_text())
     assert record["code"] == 64 and "recipe.yaml" in record["reason"]
 
@@ -97,7 +98,7 @@ def test_a_folder_that_is_another_jobs_gets_no_exit_record_and_a_stop_no_words(t
 
 def test_a_run_whose_lease_is_held_is_refused_with_64_and_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lease = Lease.take(tmp_path)
-    assert run_job(Job("train", tmp_path, {}), ClusterConfig(), ranks=1, run_dir=tmp_path) == 64
+    assert run_job(Job("train", tmp_path, {}), LocalCluster(), ranks=1, run_dir=tmp_path) == 64
     assert f"error: {tmp_path / 'lease.json'}: process {os.getpid()} on " in capfd.readouterr().err
     assert lease.held() and not (tmp_path / "exit.json").exists() and not (tmp_path / "heartbeats").exists()
 

@@ -10,8 +10,8 @@ from data_shards.faces import FacesSource
 from data_shards.pack import pack
 from launch import __main__ as command_line
 from launch import start
-from launch.local import Job
-from launch.start import check_engine, start_train
+from launch.job import Job
+from launch.start import How, check_engine, start_train
 from trainer.config import EngineConfig, RunConfig
 from trainer.exit_codes import DONE
 
@@ -43,7 +43,6 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path) -> list[
         return DONE
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start, "run_job", run_job)
     monkeypatch.setattr("launch.local.run_job", run_job)
     (tmp_path / "recipe.yaml").write_text(f"data: {{shards: {shards}}}\ntrain: {{steps: 2}}\n")
     return started
@@ -72,7 +71,7 @@ def test_a_missing_package_names_its_extra_before_anything_is_written(
     words = [f"engine.{key}={value}" for key, value in engine.items()]
     for dry_run in (True, False):
         with pytest.raises(ValueError, match=message):
-            start_train("recipe.yaml", words, run_dir=Path("run"), cluster="local", ranks=None, dry_run=dry_run)
+            start_train("recipe.yaml", words, How(Path("run"), dry_run=dry_run))
     assert jobs == [] and not (tmp_path / "run").exists()
 
 
@@ -90,15 +89,15 @@ def test_xformers_is_not_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("engine", [EngineConfig(kind="fsdp"), EngineConfig(kind="deepspeed", zero_stage=3)])
 def test_a_run_goes_on_under_another_engine(engine: EngineConfig, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "find_spec", lambda name: object())
-    start_train("recipe.yaml", [], run_dir=Path("run"), cluster="local", ranks=None)
+    start_train("recipe.yaml", [], How(Path("run")))
     manifest = Path("run/checkpoints/step_000001/manifest.json")
     manifest.parent.mkdir(parents=True)
     manifest.touch()
     words = [f"engine.kind={engine.kind}", f"engine.zero_stage={engine.zero_stage}"]
-    start_train("recipe.yaml", words, run_dir=Path("run"), cluster="local", ranks=None)
+    start_train("recipe.yaml", words, How(Path("run")))
     assert f"kind: {engine.kind}" in Path("run/recipe.yaml").read_text()
     with pytest.raises(ValueError, match="holds a run of another recipe"):
-        start_train("recipe.yaml", ["seed=1"], run_dir=Path("run"), cluster="local", ranks=None)
+        start_train("recipe.yaml", ["seed=1"], How(Path("run")))
 
 
 @pytest.mark.parametrize("allow_fresh", [False, True])

@@ -9,7 +9,8 @@ import pytest
 from data_shards.faces import FacesSource
 from data_shards.pack import pack
 from launch.cluster import load_cluster
-from launch.local import Job, run_job
+from launch.job import Job
+from launch.local import run_job
 from tests.trainer.conftest import IMAGE_SIZE, WriteRun
 from trainer.evaluate import evaluate_job
 from trainer.evaluation import read_rows
