@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from launch.cluster import LocalCluster
-from launch.rank_env import Place, rank_environment
+from launch.place import Place
+from launch.rank_env import rank_environment
 
 
 def print_ratio(name: str, ratios: Sequence[float], *, against: str, **figures: float) -> None:

@@ -66,6 +66,12 @@ def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, 
     replace_file(chain_dir / "chain.json", json_text({"schema_version": 1, "stages": stages}))
 
 
+def stage_names(config: RunConfig, distill: DistillConfig) -> list[str]:
+    """Folders of the stages that a chain trains, teacher first."""
+    teacher = [] if distill.teacher else [stage_name(0, config.noise_schedule.steps)]
+    return [*teacher, *(stage_name(number, steps) for number, steps in enumerate(student_counts(distill), start=1))]
+
+
 def student_config(config: RunConfig, distill: DistillConfig, *, number: int, teacher_steps: int, steps: int) -> RunConfig:
     """The recipe of stage `number` (from 1), whose student samples in `steps` steps; its objective's teacher is still to be named."""
     objective = ProgressiveDistillationConfig(

@@ -17,7 +17,7 @@ Ports = Annotated[tuple[Annotated[int, Field(ge=1024, le=65535)], ...], Field(st
 _OURS = frozenset(
     {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 )
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZER|_PATH)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
 class _Machines(Section):

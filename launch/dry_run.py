@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.chain import stage_names
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster
 from launch.job import Job
 from trainer.config import RunConfig
@@ -40,6 +41,21 @@ def _commands(job: Job, config: RunConfig, machines: ClusterConfig) -> Iterator[
         case LocalCluster():
             yield f"{shlex.join(job.command(sys.executable))}   # {machines.ranks} times, RANK=0 to {machines.ranks - 1}"
         case SlurmCluster():
-            raise NotImplementedError
+            yield from _slurm_jobs(job, config, machines)
         case RayCluster():
-            raise NotImplementedError
+            yield shlex.join(job.command(machines.python or sys.executable)) + f"   # in each of {machines.ranks} workers of Ray Train"
+
+
+def _slurm_jobs(job: Job, config: RunConfig, machines: SlurmCluster) -> Iterator[str]:
+    from launch.slurm import plan, submit_words
+    from launch.slurm_job import srun_words
+    from launch.slurm_script import render, template
+
+    stages = [job.path / name for name in stage_names(config, config.distill)] if config.distill else []
+    for number, planned in enumerate(plan(job, machines, stages)):
+        yield from _file(planned.path, render(template(), planned.script, machines))
+        after = f"JOB_{number}" if planned.waits else None
+        yield f"\n# submits job {number + 1}{' through submitit' if machines.submit_with == 'submitit' else ''}\n" + shlex.join(
+            submit_words(planned, machines, after=after)
+        )
+        yield f"# which runs on its first node\n{shlex.join(srun_words(job, machines))}"

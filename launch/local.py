@@ -16,8 +16,10 @@ from types import FrameType
 from launch.cluster import ClusterConfig, LocalCluster
 from launch.ends import End, Restarts, log_end, read_end, record_end, take_end
 from launch.job import Job
+from launch.logs import rank_log
 from launch.network import LOOPBACK
-from launch.rank_env import Place, rank_environment
+from launch.place import Place
+from launch.rank_env import rank_environment
 from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 from trainer.stop import STOP_SIGNALS
 
@@ -105,13 +107,6 @@ def _blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def rank_log(run_dir: Path, rank: int) -> int:
-    """The open log of a rank other than 0, which keeps one of its own."""
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    return os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
 
 def _log(run_dir: Path | None, rank: int) -> int | None:

@@ -64,9 +64,10 @@ def reserve_port(address: str, ports: Sequence[int], *, start: int = 0) -> socke
             reserved.bind((address, first + (start + number) % count))
         except OSError as error:
             reserved.close()
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise ValueError(f"{socket.gethostname()}: does not have the address {address}; set cluster.network_interface") from error
-            continue
+            if error.errno == errno.EADDRINUSE:
+                continue
+            text = f"{socket.gethostname()}: does not have the address {address}: {error.strerror}; set cluster.network_interface"
+            raise ValueError(text) from error
         # Bound alone, so that no other job can reserve it; from now on rank 0 may listen there, because it sets this too.
         # Nothing reaches a socket that does not listen.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -1,42 +1,29 @@
-"""The environment of a rank: torch's standard variables and what keeps a machine's ranks out of each other's way."""
+"""The environment of a rank: its place, and what keeps a machine's ranks out of each other's way."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from launch.cluster import ClusterConfig
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank's place among all ranks, and where rank 0 listens."""
-
-    rank: int
-    local_rank: int
-    local_world_size: int
-    world_size: int
-    master_address: str
-    master_port: int
+from launch.place import Place
 
 
 def rank_environment(
     inherited: Mapping[str, str], place: Place, cluster: ClusterConfig, *, launcher: str, interface: str
 ) -> dict[str, str]:
-    """The inherited environment with a rank's place in it. interface: what it listens on, unless the cluster file says so itself.
+    """The inherited environment with a rank's place in it. interface: what it listens on, unless the cluster file says so itself."""
+    return {**inherited, **place.variables(), **interface_variables(interface), **cluster_variables(cluster, launcher=launcher)}
 
-    The cluster file bounds every pool of compute threads and adds variables of its own."""
+
+def interface_variables(interface: str) -> dict[str, str]:
+    """What makes gloo and NCCL listen on one interface alone."""
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+
+
+def cluster_variables(cluster: ClusterConfig, *, launcher: str) -> dict[str, str]:
+    """What all ranks share: bounds for every pool of compute threads, timeouts, and the cluster file's own variables."""
     return {
-        **inherited,
-        "RANK": str(place.rank),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-        "WORLD_SIZE": str(place.world_size),
-        "MASTER_ADDR": place.master_address,
-        "MASTER_PORT": str(place.master_port),
         "OMP_NUM_THREADS": str(cluster.threads_per_rank),
         "MKL_NUM_THREADS": str(cluster.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
-        "GLOO_SOCKET_IFNAME": interface,
-        "NCCL_SOCKET_IFNAME": f"={interface}",
         "HALFSTEP_LAUNCHER": launcher,
         "HALFSTEP_TIMEOUT_SECONDS": str(cluster.collective_timeout_seconds),
         **{name: str(value) for name, value in cluster.environment.items()},

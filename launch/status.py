@@ -77,8 +77,18 @@ def run_status(run_dir: Path, *, ended: str | None) -> Status:
     )
 
 
+def is_done(run_dir: Path) -> bool:
+    """Whether a run has taken all its steps and written its export."""
+    total = load_recipe(run_dir / "recipe.yaml", []).train.steps
+    return _committed_step(run_dir) >= total and _is_exported(run_dir)
+
+
+def _is_exported(run_dir: Path) -> bool:
+    return (run_dir / "export" / "model_index.json").exists()
+
+
 def _state(run_dir: Path, *, step: int, total: int, last_end: str | None) -> State:
-    if step >= total and (run_dir / "export" / "model_index.json").exists():
+    if step >= total and _is_exported(run_dir):
         return "done"
     if step == 0 and not (run_dir / "attempts.jsonl").exists():
         return "waiting"

@@ -72,7 +72,7 @@ def _run(run_dir: Path, kind: str, options: dict[str, object]) -> int:
         if seen:
             watch = _watch(run_dir, rank, limit_seconds, lease, stop)
         _join(limit_seconds + _LATER_SECONDS, watch)
-        _check_visible(run_dir)
+        _check_visible(run_dir, limit_seconds)
         assert watch is not None, "a folder that is not there is an error of check_visible"
         watch.phase("import", 0)
         code = _job(kind)(run_dir, options, stop, watch)
@@ -127,10 +127,11 @@ def _join(timeout_seconds: float, watch: Watch | None) -> None:
     dist.init_process_group(timeout_seconds=timeout_seconds)
 
 
-def _check_visible(run_dir: Path) -> None:
-    from trainer.visible import check_visible
+def _check_visible(run_dir: Path, limit_seconds: float) -> None:
+    from trainer.visible import PATIENCE_SECONDS, check_visible
 
-    check_visible(run_dir)
+    # The ranks that see all wait for those that do not, and may not take them for lost.
+    check_visible(run_dir, patience_seconds=min(PATIENCE_SECONDS, limit_seconds / 2))
 
 
 def _part() -> None:

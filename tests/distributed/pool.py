@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import final
 
 from launch.cluster import LocalCluster
-from launch.rank_env import Place, rank_environment
+from launch.place import Place
+from launch.rank_env import rank_environment
 
 ROOT = Path(__file__).parents[2]
 _START_SECONDS = 180.0

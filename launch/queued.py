@@ -1,0 +1,135 @@
+"""Runs that wait or run as jobs of a queue: whether they do, letting held ones go on, following and stopping them."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from launch.ends import read_end
+from launch.slurm_commands import JobState, find_job, slurm
+from launch.submitted import Submission, submissions
+from trainer.chain import read_chain
+from trainer.exit_codes import CRASH
+
+_LOOK_SECONDS = 1.0
+_LEFT_SECONDS = 5.0
+"""How long a job's last output may take to appear after its end, on a network file system."""
+
+
+@final
+@dataclass(frozen=True)
+class Queued:
+    """A job of a run, and its place in the queue."""
+
+    run_dir: Path
+    submission: Submission
+    state: JobState
+    why: str
+    """Why it waits, or where it runs."""
+
+
+def alive(path: Path) -> list[Queued]:
+    """Jobs of a run, or of a chain and its stages, that wait or run; the newest submission of each folder counts.
+
+    Raises: RuntimeError, ValueError where the queue cannot be asked."""
+    found = []
+    for run_dir in folders(path):
+        jobs = submissions(run_dir)
+        if jobs and (queued := look(run_dir, jobs[-1])) and queued.state != "ended":
+            found.append(queued)
+    return found
+
+
+def look(run_dir: Path, submission: Submission) -> Queued | None:
+    """A job's place in its queue; None where the queue does not know it any more."""
+    match submission.launcher:
+        case "slurm":
+            job = find_job(submission.job_id)
+            return job and Queued(run_dir, submission, job.state, f"on {job.nodes}" if job.nodes and job.state == "running" else job.reason)
+        case "ray":
+            from launch.ray_jobs import job_state
+
+            state = job_state(submission)
+            return state and Queued(run_dir, submission, state, "")
+
+
+def folders(path: Path) -> Iterator[Path]:
+    """The folder itself, and of a chain each stage that it trains."""
+    yield path
+    if (path / "chain.json").exists():
+        yield from (stage.run_dir for stage in read_chain(path) if stage.trained_here)
+
+
+def let_go_on(path: Path) -> bool:
+    """Whether the run waits or runs as a job already, which is said on the terminal; one that is held is released."""
+    jobs = alive(path)
+    for job in jobs:
+        if job.state == "held":
+            (job.run_dir / "job" / "restarts.json").unlink(missing_ok=True)  # a person has looked at it: counting starts anew
+            slurm(["scontrol", "release", job.submission.job_id])
+            sys.stderr.write(f"{job.run_dir}: job {job.submission.job_id} was held and is released; nothing else is submitted\n")
+        else:
+            why = f" ({job.why})" if job.why else ""
+            sys.stderr.write(f"{job.run_dir}: job {job.submission.job_id} is {job.state}{why} already; nothing is submitted\n")
+    return bool(jobs)
+
+
+def follow(path: Path) -> int:
+    """Show the output of a run's jobs until the last one has ended; returns the run's exit code. Ctrl-C leaves the jobs running."""
+    code = 0
+    try:
+        for run_dir in folders(path):
+            jobs = submissions(run_dir)
+            if jobs and code == 0:
+                _follow_job(run_dir, jobs[-1])
+                end = read_end(run_dir)
+                code = end.code if end else CRASH
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nno longer following; the run goes on. halfstep logs {path} --follow shows it again, halfstep stop ends it\n")
+    return code
+
+
+def stop(path: Path) -> None:
+    """End what waits: a job that has not started leaves the queue. Jobs that run are asked in their folder."""
+    for job in alive(path):
+        match job.submission.launcher:
+            case "slurm" if job.state in ("queued", "held"):
+                slurm(["scancel", job.submission.job_id])
+                sys.stderr.write(f"{job.run_dir}: job {job.submission.job_id} was {job.state} and is cancelled\n")
+            case "ray" if job.state == "queued":
+                from launch.ray_jobs import stop_job
+
+                stop_job(job.submission)
+            case _:
+                pass
+
+
+def _follow_job(run_dir: Path, submission: Submission) -> None:
+    def is_over() -> bool:
+        job = look(run_dir, submission)
+        return job is None or job.state in ("ended", "held")
+
+    tail(run_dir / submission.output, is_over)
+
+
+def tail(path: Path, is_over: Callable[[], bool]) -> None:
+    """Write a growing file to stdout until it is over and nothing more has come."""
+    position, waiting_since = 0, None
+    while True:
+        over = is_over()
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(position)
+                text = file.read()
+            if text:
+                position += len(text)
+                sys.stdout.write(text.decode(errors="replace"))
+                sys.stdout.flush()
+                continue
+        if over:
+            waiting_since = waiting_since or time.monotonic()
+            if path.exists() or time.monotonic() - waiting_since > _LEFT_SECONDS:
+                return
+        time.sleep(_LOOK_SECONDS)

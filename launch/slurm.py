@@ -1,0 +1,124 @@
+"""Slurm from the submit host: job scripts are written into RUN_DIR/job and handed to sbatch, or to submitit."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from data_shards.files import replace_file
+from launch.cluster import SlurmCluster
+from launch.job import Job
+from launch.run_dir import write_surroundings
+from launch.slurm_commands import slurm
+from launch.slurm_script import Script, render, sbatch_options, template
+from launch.status import is_done
+from launch.submitted import Submission, record_submission
+from trainer.chain import read_chain
+
+
+@final
+@dataclass(frozen=True)
+class Planned:
+    """A job to be queued: its folder, its script, and whether it waits for the one before."""
+
+    run_dir: Path
+    script: Script
+    waits: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Where the job script goes."""
+        return self.run_dir / "job" / "train.sbatch"
+
+
+def submit(job: Job, cluster: SlurmCluster) -> None:
+    """Queue a run, or a chain as its cluster file says, and write down the ids of the jobs.
+
+    Raises: RuntimeError with Slurm's own words; ValueError where Slurm is not installed."""
+    before: str | None = None
+    for planned in plan(job, cluster, _stages_to_train(job.path)):
+        planned.path.parent.mkdir(mode=0o700, exist_ok=True)
+        if planned.run_dir != job.path:
+            write_surroundings(planned.run_dir, cluster)
+        replace_file(planned.path, render(template(), planned.script, cluster))
+        job_id = _queue(planned, cluster, after=before if planned.waits else None)
+        output = planned.script.output.replace("%j", job_id).replace("%A", job_id)
+        record_submission(planned.run_dir, Submission("slurm", job_id, output))
+        before = job_id
+        sys.stderr.write(f"queued as job {job_id}: {planned.run_dir}\n")
+    sys.stderr.write(f"  halfstep status {job.path}      halfstep logs {job.path} --follow      halfstep stop {job.path}\n")
+
+
+def plan(job: Job, cluster: SlurmCluster, stages: Sequence[Path]) -> list[Planned]:
+    """The jobs that a run needs: one, or for a chain by choice one for each of its `stages` that is still to be trained."""
+    if job.kind == "distill" and cluster.chain == "dependent_jobs":
+        return [_planned("train", stage, job, cluster, waits=number > 0) for number, stage in enumerate(stages)]
+    return [_planned(job.kind, job.path, job, cluster, waits=False)]
+
+
+def _planned(kind: str, folder: Path, job: Job, cluster: SlurmCluster, *, waits: bool) -> Planned:
+    path = Path(os.path.abspath(folder))
+    return Planned(path, Script(_name(path), path, _command(kind, path, job, cluster)), waits=waits)
+
+
+def _stages_to_train(chain_dir: Path) -> list[Path]:
+    if not (chain_dir / "chain.json").exists():
+        return []
+    return [stage.run_dir for stage in read_chain(chain_dir) if stage.trained_here and not is_done(stage.run_dir)]
+
+
+def submit_words(planned: Planned, cluster: SlurmCluster, *, after: str | None) -> list[str]:
+    """The command that queues a job script. after: the job that must have finished well."""
+    dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    return ["sbatch", "--parsable", *dependency, str(planned.path)]
+
+
+def _queue(planned: Planned, cluster: SlurmCluster, *, after: str | None) -> str:
+    if cluster.submit_with == "submitit":
+        return _queue_through_submitit(planned, cluster, after=after)
+    return slurm(submit_words(planned, cluster, after=after)).strip().split(";")[0]
+
+
+def _queue_through_submitit(planned: Planned, cluster: SlurmCluster, *, after: str | None) -> str:
+    """submitit as a transport: its pickle holds subprocess.check_call and a list of words, and no code or state of ours."""
+    try:
+        from submitit import SlurmExecutor
+    except ImportError:
+        raise ValueError("cluster.submit_with=submitit, but submitit is not installed; pip install 'halfstep[slurm]'") from None
+    options: dict[str, str | bool] = {
+        name: True if value is None else value for name, value in sbatch_options(planned.script, cluster).items()
+    }
+    # submitit starts Python as a child of the batch shell, which a signal of its own would end; the tasks take it themselves.
+    options["signal"] = options["signal"].removeprefix("B:") if isinstance(options["signal"], str) else True
+    if after:
+        options |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    for line in cluster.extra_sbatch_lines:
+        name, _, value = line.removeprefix("#SBATCH ").lstrip("-").partition("=")
+        options[name] = value or True
+    folder = planned.run_dir / "job" / "submitit"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    executor = SlurmExecutor(folder, python=f"exec {shlex.quote(cluster.python or sys.executable)}")
+    executor.update_parameters(
+        stderr_to_stdout=True,
+        use_srun=False,
+        setup=list(cluster.setup) or None,
+        additional_parameters=options,
+        job_name=planned.script.name,
+    )
+    return executor.submit(subprocess.check_call, list(planned.script.command)).job_id
+
+
+def _command(kind: str, path: Path, job: Job, cluster: SlurmCluster) -> list[str]:
+    flags = ["--allow-fresh"] if job.options.get("allow_fresh") else []
+    return [cluster.python or sys.executable, "-m", "launch.slurm_job", kind, str(path), *flags]
+
+
+def _name(path: Path) -> str:
+    """A job's name, as squeue lists it."""
+    stage = f"{path.parent.name}-{path.name}" if (path.parent / "chain.json").exists() else path.name
+    return "halfstep-" + re.sub(r"[^A-Za-z0-9._-]", "_", stage)
