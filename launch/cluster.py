@@ -50,7 +50,7 @@ class LocalCluster(_Machines):
     kind: Literal["local"] = "local"
     """local: ranks on this machine, started by the command itself."""
     max_restarts: CountOrZero = 0
-    """How often in a row a run that lost a rank or crashed is started again without having come further."""
+    """How often in a row a run that lost a rank or crashed is started again without having come further; 0 never starts it again."""
 
     @property
     def ranks(self) -> int:

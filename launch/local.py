@@ -34,15 +34,38 @@ def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | Non
     run_dir: where logs and exit.json go; None for jobs that own no folder. lock: descriptor of its lock, for the ranks to inherit.
     A rank that is killed by a signal counts as lost (70); when one has failed the others have ten seconds to leave, and none
     where they are stopped (SIGSTOP)."""
+    with _ForwardedSignals() as signals:
+        return _attempt(job, cluster, signals, ranks=ranks, run_dir=run_dir, lock=lock)
+
+
+def run_until_done(job: Job, cluster: LocalCluster, *, ranks: int, run_dir: Path, lock: int) -> int:
+    """run_job, started again by itself as often as the cluster file allows; never once a person has asked it to stop."""
+    first = True
+    with _ForwardedSignals() as signals:
+        while True:
+            restarts = Restarts.begin(run_dir, limit=cluster.max_restarts, first=first)
+            code = _attempt(job, cluster, signals, ranks=ranks, run_dir=run_dir, lock=lock)
+            end = read_end(run_dir) or End(code, f"exit code {code}")
+            decision, why = restarts.decide(end)
+            if decision == "again" and (code == CALL_AGAIN or signals.received is not None or cluster.max_restarts == 0):
+                decision, why = "stop", end.reason
+            log_end(run_dir, end, decision, why, job_id=f"local {os.getpid()}")
+            if decision != "again":
+                return code
+            sys.stderr.write(f"starting again: {why}\n")
+            first = False
+
+
+def _attempt(job: Job, cluster: ClusterConfig, signals: "_ForwardedSignals", *, ranks: int, run_dir: Path | None, lock: int | None) -> int:
+    """run_job, whose signals somebody else forwards."""
     previous = take_end(run_dir) if run_dir else None
     if previous:
         job = replace(job, options={**job.options, "previous_end": str(previous)})
-    processes: list[subprocess.Popen[bytes]] = []
-    with _ForwardedSignals(processes) as signals:
-        with socket.create_server((LOOPBACK, 0), backlog=max(16, ranks)) as listening:
-            _start(processes, job, cluster, ranks=ranks, run_dir=run_dir, listening=listening, lock=lock)
-        signals.repeat()
-        codes = _watch(processes)
+    processes = signals.processes = list[subprocess.Popen[bytes]]()
+    with socket.create_server((LOOPBACK, 0), backlog=max(16, ranks)) as listening:
+        _start(processes, job, cluster, ranks=ranks, run_dir=run_dir, listening=listening, lock=lock)
+    signals.repeat()
+    codes = _watch(processes)
     failed = [(rank, code) for rank, code in codes if code != DONE]
     if not failed:
         return DONE
@@ -52,21 +75,6 @@ def run_job(job: Job, cluster: ClusterConfig, *, ranks: int, run_dir: Path | Non
     if run_dir:
         _explain(run_dir, rank, code, worker_code)
     return worker_code
-
-
-def run_until_done(job: Job, cluster: LocalCluster, *, ranks: int, run_dir: Path, lock: int) -> int:
-    """run_job, started again by itself as often as the cluster file allows."""
-    restarts = Restarts.begin(run_dir, limit=cluster.max_restarts, first=True)
-    while True:
-        code = run_job(job, cluster, ranks=ranks, run_dir=run_dir, lock=lock)
-        end = read_end(run_dir) or End(code, f"exit code {code}")
-        # A local run that was asked to stop was asked by a person.
-        decision, why = ("stop", end.reason) if code == CALL_AGAIN else restarts.decide(end)
-        log_end(run_dir, end, decision, why, job_id=f"local {os.getpid()}")
-        if decision != "again":
-            return code
-        sys.stderr.write(f"starting again: {why}\n")
-        restarts = Restarts.begin(run_dir, limit=cluster.max_restarts, first=False)
 
 
 def _start(
@@ -174,8 +182,8 @@ def _wait_any(waiting: dict[int, int], deadline: float | None) -> tuple[int, int
 class _ForwardedSignals:
     """While ranks run, the launcher's signals are theirs: they commit a checkpoint and end with 75."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        self.processes = processes
+    def __init__(self) -> None:
+        self.processes: Sequence[subprocess.Popen[bytes]] = ()
         self.received: int | None = None
 
     def __enter__(self) -> "_ForwardedSignals":

@@ -43,7 +43,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path) -> list[
         return DONE
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.local.run_job", run_job)
+    monkeypatch.setattr("launch.local._attempt", run_job)
     (tmp_path / "recipe.yaml").write_text(f"data: {{shards: {shards}}}\ntrain: {{steps: 2}}\n")
     return started
 
