@@ -22,6 +22,7 @@ from launch.arguments import (
     RunDirOption,
     SamplerOption,
     Source,
+    Sweep,
     end,
     existing,
     existing_file,
@@ -68,15 +69,18 @@ def train(
     dry_run: DryRun = False,
     follow: Follow = False,
     here: Here = False,
+    sweep: Sweep = None,
 ) -> None:
     """Train a recipe. The same command again resumes the run exactly.
 
-    Example:  halfstep train smoke --ranks 2 train.steps=100 optim.learning_rate=3e-4"""
-    from launch.start import How, start_train
+    Example:  halfstep train smoke --ranks 2 train.steps=100 optim.learning_rate=3e-4
+
+    Example:  halfstep train smoke --cluster slurm cluster.nodes=2 --sweep optim.learning_rate=1e-4,3e-4"""
+    from launch.start import How, start_sweep, start_train
 
     changes = _changes(overrides, deterministic=deterministic)
-    how = How(run_dir, cluster, ranks, dry_run=dry_run, allow_fresh=allow_fresh, follow=follow, here=here)
-    end(start_train(recipe, changes, how))
+    how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here, tuple(sweep or ()))
+    end((start_sweep if how.sweep else start_train)(recipe, changes, how))
 
 
 @app.command()
@@ -98,7 +102,7 @@ def distill(
     from launch.start import How, start_distill
 
     changes = _changes(overrides, deterministic=deterministic)
-    how = How(run_dir, cluster, ranks, dry_run=dry_run, allow_fresh=allow_fresh, follow=follow, here=here)
+    how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here)
     end(start_distill(recipe, changes, how))
 
 
@@ -187,6 +191,36 @@ def status(
     from launch.status import print_status
 
     end(print_status(existing(run_dir), as_json=as_json))
+
+
+@app.command()
+def logs(
+    run_dir: RunDir,
+    rank: Annotated[int | None, typer.Option(min=0, metavar="N", help="This rank's log. Default: the job's output, or rank 0's.")] = None,
+    lines: Annotated[int, typer.Option(min=1, metavar="K", help="How many of the last lines.")] = 200,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Show what a run's job or one of its ranks has written.
+
+    Example:  halfstep logs runs/smoke --rank 1 --follow"""
+    folder = existing(run_dir)
+    from launch.logs import show_log
+
+    end(show_log(folder, rank=rank, lines=lines, follow=follow))
+
+
+@app.command()
+def stop(
+    run_dir: RunDir,
+    wait: Annotated[bool, typer.Option(help="Return when the run has ended.")] = True,
+) -> None:
+    """End a run, a chain or a sweep wherever it runs: with a checkpoint, from which the same command goes on.
+
+    Example:  halfstep stop runs/smoke"""
+    folder = existing(run_dir)
+    from launch.queued import stop as stop_jobs
+
+    end(stop_jobs(folder, wait=wait))
 
 
 @app.command()

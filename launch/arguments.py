@@ -30,6 +30,10 @@ AllowFresh = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Only kernels that give the same bits every time: engine.deterministic=true.")
 ]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=V1,V2,...", help="A run for each value, below the run's folder; given twice, for each combination."),
+]
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's directory, a chain's directory or an export.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's or a chain's directory.")]
 SamplerOption = Annotated[

@@ -107,7 +107,7 @@ class Restarts:
             case code if code == IO_ERROR:
                 return "hold", f"{end.reason}; make room or mend the file system, then give the same command again"
         now = committed_steps(self.run_dir)
-        count = 0 if now > self.committed else self.without_progress + 1
+        count = 0 if now > self.committed else self.without_progress + (not self.spent)
         if count > self.limit:
             text = f"{end.reason}; {count} attempts in a row came no further than step {now} (cluster.max_restarts={self.limit})"
             return "stop", text

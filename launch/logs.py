@@ -1,7 +1,16 @@
 """Where ranks and jobs write what they say, and how it is shown."""
 
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+from launch.submitted import submissions
+
+_LOOK_SECONDS = 0.5
+_LEFT_SECONDS = 5.0
+"""How long a job's first output may take to appear after its end, on a network file system."""
 
 
 def rank_log(run_dir: Path, rank: int) -> int:
@@ -9,3 +18,55 @@ def rank_log(run_dir: Path, rank: int) -> int:
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     return os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def show_log(run_dir: Path, *, rank: int | None, lines: int, follow: bool) -> int:
+    """Write the end of a run's log to stdout: a rank's, or what its job or its rank 0 has said.
+
+    follow: go on until the run has ended. Raises: ValueError listing the logs there are."""
+    from launch.queued import is_running
+
+    path = log_path(run_dir, rank)
+    content = path.read_bytes()
+    start = 0
+    for _ in range(content.count(b"\n") - lines):
+        start = content.index(b"\n", start) + 1
+    sys.stdout.write(content[start:].decode(errors="replace"))
+    sys.stdout.flush()
+    if follow:
+        tail(path, lambda: not is_running(run_dir), position=len(content))
+    return 0
+
+
+def log_path(run_dir: Path, rank: int | None) -> Path:
+    """The log of a rank; without one the output of the newest job, or rank 0's log where no job was queued.
+
+    Raises: ValueError listing the logs there are."""
+    jobs = [run_dir / job.output for job in reversed(submissions(run_dir))]
+    wanted = [run_dir / "logs" / f"rank_{rank or 0}.log"] if rank is not None or not jobs else jobs
+    found = next((path for path in wanted if path.exists()), None)
+    if found is None:
+        there = sorted(path.name for path in (run_dir / "logs").glob("rank_*.log"))
+        raise ValueError(f"{wanted[0]}: no such log yet; {run_dir / 'logs'} has {', '.join(there) or 'none'} (halfstep status {run_dir})")
+    return found
+
+
+def tail(path: Path, is_over: Callable[[], bool], *, position: int = 0) -> None:
+    """Write a growing file to stdout, from a position on, until it is over and nothing more comes."""
+    over_since = None
+    while True:
+        over = is_over()
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(position)
+                text = file.read()
+            position += len(text)
+            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.flush()
+            if text:
+                continue
+        if over:
+            over_since = over_since or time.monotonic()
+            if path.exists() or time.monotonic() - over_since > _LEFT_SECONDS:
+                return
+        time.sleep(_LOOK_SECONDS)

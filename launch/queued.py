@@ -2,20 +2,22 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from launch.ends import read_end
+from launch.logs import tail
+from launch.run_lock import is_locked
 from launch.slurm_commands import JobState, find_job, slurm
 from launch.submitted import Submission, submissions
+from launch.sweep import is_sweep, sweep_runs
 from trainer.chain import read_chain
-from trainer.exit_codes import CRASH
+from trainer.exit_codes import CRASH, DONE
+from trainer.stop import request_stop
 
 _LOOK_SECONDS = 1.0
-_LEFT_SECONDS = 5.0
-"""How long a job's last output may take to appear after its end, on a network file system."""
 
 
 @final
@@ -56,8 +58,10 @@ def look(run_dir: Path, submission: Submission) -> Queued | None:
 
 
 def folders(path: Path) -> Iterator[Path]:
-    """The folder itself, and of a chain each stage that it trains."""
+    """The folder itself, of a chain each stage that it trains, and of a sweep each run."""
     yield path
+    if is_sweep(path):
+        yield from sweep_runs(path)
     if (path / "chain.json").exists():
         yield from (stage.run_dir for stage in read_chain(path) if stage.trained_here)
 
@@ -91,19 +95,42 @@ def follow(path: Path) -> int:
     return code
 
 
-def stop(path: Path) -> None:
-    """End what waits: a job that has not started leaves the queue. Jobs that run are asked in their folder."""
-    for job in alive(path):
-        match job.submission.launcher:
-            case "slurm" if job.state in ("queued", "held"):
-                slurm(["scancel", job.submission.job_id])
-                sys.stderr.write(f"{job.run_dir}: job {job.submission.job_id} was {job.state} and is cancelled\n")
-            case "ray" if job.state == "queued":
-                from launch.ray_jobs import stop_job
+def is_running(path: Path) -> bool:
+    """Whether a run, or a stage or run below it, runs now or waits in a queue."""
+    return any(is_locked(folder) for folder in folders(path)) or bool(alive(path))
 
-                stop_job(job.submission)
-            case _:
-                pass
+
+def stop(path: Path, *, wait: bool) -> int:
+    """End a run: jobs that have not started leave the queue, ranks that run commit a checkpoint and end.
+
+    wait: until they have. Raises: RuntimeError, ValueError where the queue cannot be asked."""
+    jobs = {job.run_dir: job for job in alive(path)}
+    running = []
+    for folder in folders(path):
+        job = jobs.get(folder)
+        if job and job.state in ("queued", "held"):
+            _leave_queue(job)
+        elif job or is_locked(folder) or (folder / "lease.json").exists():
+            request_stop(folder)
+            running.append(folder)
+    if not running:
+        sys.stderr.write(f"{path}: {'nothing of it was running' if jobs else 'is not running'}\n")
+        return DONE
+    sys.stderr.write(f"{', '.join(map(str, running))}: told to commit a checkpoint and end; the same command goes on from there\n")
+    while wait and is_running(path):
+        time.sleep(_LOOK_SECONDS)
+    return DONE
+
+
+def _leave_queue(job: Queued) -> None:
+    match job.submission.launcher:
+        case "slurm":
+            slurm(["scancel", job.submission.job_id])
+        case "ray":
+            from launch.ray_jobs import stop_job
+
+            stop_job(job.submission)
+    sys.stderr.write(f"{job.run_dir}: job {job.submission.job_id} was {job.state} and is cancelled\n")
 
 
 def _follow_job(run_dir: Path, submission: Submission) -> None:
@@ -112,24 +139,3 @@ def _follow_job(run_dir: Path, submission: Submission) -> None:
         return job is None or job.state in ("ended", "held")
 
     tail(run_dir / submission.output, is_over)
-
-
-def tail(path: Path, is_over: Callable[[], bool]) -> None:
-    """Write a growing file to stdout until it is over and nothing more has come."""
-    position, waiting_since = 0, None
-    while True:
-        over = is_over()
-        if path.exists():
-            with open(path, "rb") as file:
-                file.seek(position)
-                text = file.read()
-            if text:
-                position += len(text)
-                sys.stdout.write(text.decode(errors="replace"))
-                sys.stdout.flush()
-                continue
-        if over:
-            waiting_since = waiting_since or time.monotonic()
-            if path.exists() or time.monotonic() - waiting_since > _LEFT_SECONDS:
-                return
-        time.sleep(_LOOK_SECONDS)

@@ -18,6 +18,7 @@ from launch.slurm_commands import slurm
 from launch.slurm_script import Script, render, sbatch_options, template
 from launch.status import is_done
 from launch.submitted import Submission, record_submission
+from launch.sweep import sweep_runs
 from trainer.chain import read_chain
 
 
@@ -52,6 +53,32 @@ def submit(job: Job, cluster: SlurmCluster) -> None:
         before = job_id
         sys.stderr.write(f"queued as job {job_id}: {planned.run_dir}\n")
     sys.stderr.write(f"  halfstep status {job.path}      halfstep logs {job.path} --follow      halfstep stop {job.path}\n")
+
+
+def submit_sweep(folder: Path, cluster: SlurmCluster, *, allow_fresh: bool) -> None:
+    """Queue the runs of a sweep that are not done as one job array.
+
+    Raises: as submit."""
+    planned = plan_sweep(
+        folder, [number for number, run in enumerate(sweep_runs(folder)) if not is_done(run)], cluster, allow_fresh=allow_fresh
+    )
+    if not planned.script.array:
+        sys.stderr.write(f"{folder}: every run of the sweep is done\n")
+        return
+    planned.path.parent.mkdir(mode=0o700, exist_ok=True)
+    replace_file(planned.path, render(template(), planned.script, cluster))
+    job_id = _queue(planned, cluster, after=None)
+    for element in planned.script.array:
+        output = f"../{planned.script.output}".replace("%A", job_id).replace("%a", str(element))
+        record_submission(sweep_runs(folder)[element], Submission("slurm", f"{job_id}_{element}", output))
+    sys.stderr.write(f"queued as job array {job_id}: {len(planned.script.array)} runs of {folder}\n  halfstep status {folder}\n")
+
+
+def plan_sweep(folder: Path, elements: Sequence[int], cluster: SlurmCluster, *, allow_fresh: bool) -> Planned:
+    """The job array of a sweep: each element looks its run up."""
+    path = Path(os.path.abspath(folder))
+    command = [*_command("train", path, Job("train", path, {"allow_fresh": allow_fresh}), cluster), "--array"]
+    return Planned(path, Script(_name(path), path, command, tuple(elements)))
 
 
 def plan(job: Job, cluster: SlurmCluster, stages: Sequence[Path]) -> list[Planned]:

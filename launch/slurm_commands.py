@@ -1,5 +1,6 @@
 """Slurm's own commands, and what they say of a job."""
 
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class SlurmJob:
     nodes: str
     """The node list, such as n[1-2]; empty for a job that has none."""
     restarts: int
+    over_limit: bool
+    """Whether it has used up its time limit."""
 
 
 def slurm(words: Sequence[str], *, stdin: str | None = None) -> str:
@@ -70,7 +73,20 @@ def parse_job(line: str) -> SlurmJob:
         reason="" if reason == "None" else reason,
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
         restarts=int(fields.get("Restarts", "0")),
+        over_limit=_seconds(fields.get("RunTime", "")) >= _seconds(fields.get("TimeLimit", "UNLIMITED")),
     )
+
+
+def _seconds(text: str) -> float:
+    """Slurm's [D-]HH:MM:SS in seconds; infinity for UNLIMITED, 0 for nothing."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts):
+        return math.inf if text == "UNLIMITED" else 0.0
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return seconds + 86400.0 * int(days or 0)
 
 
 def _element(fields: Mapping[str, str]) -> str:

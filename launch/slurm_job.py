@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import final
@@ -90,8 +90,8 @@ def run_here(job: Job, cluster: SlurmCluster) -> int:
         before = str(previous) if previous else lost if allocation.restarts else None
         end = _run_ranks(replace(job, options={**job.options, "previous_end": before}), cluster, allocation)
     decision, why = restarts.decide(end)
-    if decision in ("again", "hold") and _was_cancelled(allocation):
-        decision, why = "stop", "the job was cancelled; the same command goes on from the checkpoint"
+    if decision in ("again", "hold") and _has_been_ended(allocation):
+        decision, why = "stop", f"{why}, with the same command: the job was cancelled (after a preemption Slurm itself brings it back)"
     log_end(run_dir, end, decision, why, job_id=allocation.job_id)
     sys.stderr.write(f"halfstep: exit code {end.code}: {why}\n")
     sys.stderr.flush()
@@ -178,13 +178,13 @@ def _end_of(code: int) -> End:
     return End(CRASH, f"a rank ended with exit code {code}; see logs/")
 
 
-def _was_cancelled(allocation: Allocation) -> bool:
-    """Whether somebody has ended the job (scancel), who does not want it back."""
+def _has_been_ended(allocation: Allocation) -> bool:
+    """Whether Slurm ends the job already, and not for its time limit: it was cancelled, or is queued again without our asking."""
     try:
         job = find_job(allocation.job_id)
     except (RuntimeError, ValueError):
         return False
-    return job is not None and job.word == "CANCELLED"
+    return job is not None and job.word in ("CANCELLED", "COMPLETING") and not job.over_limit
 
 
 def _follow(decision: Decision, end: End, allocation: Allocation) -> int:
@@ -192,7 +192,7 @@ def _follow(decision: Decision, end: End, allocation: Allocation) -> int:
     words = {"again": "requeue", "hold": "requeuehold"}.get(decision)
     if words is None:
         return end.code
-    with _Signals():  # the end that Slurm makes of this step is not to be mistaken for a failure
+    with _Signals() as signals:
         try:
             slurm(["scontrol", words, allocation.job_id])
         except (RuntimeError, ValueError) as error:
@@ -200,9 +200,7 @@ def _follow(decision: Decision, end: End, allocation: Allocation) -> int:
             told = "leaving with an exit code that this site requeues" if code else "give the same halfstep command again to go on"
             sys.stderr.write(f"halfstep: {error}; {told}\n")
             return code or end.code
-        deadline = time.monotonic() + _LAST_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(1)
+        signals.wait(_LAST_SECONDS)  # Slurm ends this step; leaving before would look like an end of the job
     return end.code
 
 
@@ -221,7 +219,7 @@ class _Signals:
     """While ranks run, the signals of this step are theirs: USR1 through srun, which hands it to every task."""
 
     received: int | None = None
-    process: subprocess.Popen[bytes] | None = field(default=None)
+    process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "_Signals":
         self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
@@ -238,11 +236,16 @@ class _Signals:
             self._pass_on(self.received, None)
         return process.wait()
 
+    def wait(self, seconds: float) -> None:
+        """Return when a signal has come."""
+        deadline = time.monotonic() + seconds
+        while self.received is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        if self.received is None:
-            sys.stderr.write(f"halfstep: {signal.Signals(number).name}: stopping after this step\n")
         self.received = number
         if self.process and self.process.returncode is None:
+            sys.stderr.write(f"halfstep: {signal.Signals(number).name}: the ranks are told to stop\n")
             self.process.send_signal(signal.SIGUSR1)
 
 

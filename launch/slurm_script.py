@@ -24,13 +24,13 @@ class Script:
     run_dir: Path
     """Absolute, like every path in a job script."""
     command: Sequence[str]
-    array: int | None = None
-    """Elements of a job array; None for a single job."""
+    array: Sequence[int] = ()
+    """Elements of a job array; empty for a single job."""
 
     @property
     def output(self) -> str:
         """The job's output, relative to run_dir, with Slurm's % patterns."""
-        return "job/slurm-%j.out" if self.array is None else "job/slurm-%A_%a.out"
+        return "job/slurm-%A_%a.out" if self.array else "job/slurm-%j.out"
 
 
 def sbatch_options(script: Script, cluster: SlurmCluster) -> dict[str, str | None]:
@@ -51,7 +51,7 @@ def sbatch_options(script: Script, cluster: SlurmCluster) -> dict[str, str | Non
         "mem": f"{memory_mib}M" if memory_mib else None,
         "exclusive": cluster.exclusive,
         "time": cluster.time_limit_minutes,
-        "array": script.array and _array(script.array, cluster.sweep_jobs_at_once),
+        "array": _array(script.array, cluster.sweep_jobs_at_once) if script.array else None,
         "output": output,
         "open-mode": "append",
         "signal": f"B:USR1@{cluster.stop_seconds_before_limit}",
@@ -95,5 +95,5 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if re.search(r"[\s&|#]", value) else value
 
 
-def _array(count: int, at_once: int | None) -> str:
-    return f"0-{count - 1}" + (f"%{at_once}" if at_once else "")
+def _array(elements: Sequence[int], at_once: int | None) -> str:
+    return ",".join(map(str, elements)) + (f"%{at_once}" if at_once else "")

@@ -15,6 +15,7 @@ from launch.local import run_until_done
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.shards import pack_source
+from launch.sweep import combinations, run_name, write_sweep
 from trainer.config import FacesConfig, ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
@@ -36,6 +37,8 @@ class How:
     """Of a queued run: show its log and end with its exit code."""
     here: bool = False
     """Inside a Slurm allocation: run on its nodes at once."""
+    sweep: Sequence[str] = ()
+    """KEY=VALUE,VALUE,... texts: a run for each combination."""
 
 
 def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
@@ -50,13 +53,46 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
-        shards = _shards(config, folder)
-        seen = "shards" if config.data.shards is None else str(shards)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
-        freeze(folder, _with_absolute_teacher(config), shards=shards)
-        write_surroundings(folder, machines)
-        warn_of_shared_shards(shards, machines)
+        freeze_run(folder, config, machines)
         return _launch(Job("train", folder, {"allow_fresh": how.allow_fresh}), machines, how, lock)
+
+
+def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
+    """Train a recipe once for each combination of some values: a job array on Slurm, elsewhere one run after the other.
+
+    Returns the exit code of the first run that failed. Raises: ValueError as start_train, before anything starts."""
+    choices = combinations(how.sweep)
+    prepared = [_prepare(recipe, [*overrides, *chosen], how) for chosen in choices]
+    machines, folder = prepared[0][1:]
+    runs = [folder / run_name(number, chosen) for number, chosen in enumerate(choices)]
+    if how.dry_run:
+        return _show_sweep(folder, runs, prepared, how)
+    if is_queued(folder, machines, how):
+        return follow_queued(folder) if how.follow else DONE
+    with locked(folder) as lock:
+        write_sweep(folder, runs)
+        for run, (config, _, _) in zip(runs, prepared, strict=True):
+            freeze_run(run, config, machines)
+        if isinstance(machines, SlurmCluster) and not how.here:
+            from launch.slurm import submit_sweep
+
+            submit_sweep(folder, machines, allow_fresh=how.allow_fresh)
+            return follow_queued(folder) if how.follow else DONE
+        codes = [_launch(Job("train", run, {"allow_fresh": how.allow_fresh}), machines, how, lock) for run in runs]
+        return next((code for code in codes if code != DONE), DONE)
+
+
+def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig) -> None:
+    """Make a RUN_DIR ready to start: shards packed, recipe and cluster frozen.
+
+    Raises: ValueError if it holds another run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(config, folder)
+    seen = "shards" if config.data.shards is None else str(shards)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
+    freeze(folder, _with_absolute_teacher(config), shards=shards)
+    write_surroundings(folder, machines)
+    warn_of_shared_shards(shards, machines)
 
 
 def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
@@ -218,4 +254,12 @@ def _show(job: Job, config: RunConfig, machines: ClusterConfig) -> int:
     from launch.dry_run import dry_run_text
 
     sys.stdout.write(dry_run_text(job, config, machines))
+    return DONE
+
+
+def _show_sweep(folder: Path, runs: Sequence[Path], prepared: Sequence[tuple[RunConfig, ClusterConfig, Path]], how: How) -> int:
+    for run, (config, machines, _) in zip(runs, prepared, strict=True):
+        _show(Job("train", run, {}), config, machines)
+        if isinstance(machines, SlurmCluster):
+            break
     return DONE

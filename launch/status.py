@@ -2,16 +2,21 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from data_shards.files import json_text, read_json_object
+from launch.queued import Queued, alive
 from launch.run_lock import is_locked
+from launch.submitted import submissions
+from launch.sweep import is_sweep, sweep_runs
 from trainer.chain import read_chain
 from trainer.config_io import load_recipe
 
-State = Literal["waiting", "running", "done", "stopped", "failed"]
+State = Literal["waiting", "queued", "held", "running", "done", "stopped", "failed"]
+"""waiting: not started yet; queued, held: a job in a queue, which starts by itself or waits for a person."""
 
 
 @dataclass(frozen=True)
@@ -27,32 +32,46 @@ class Status:
     remaining_seconds: float | None
     attempts: int
     last_end: str | None
-    job_ids: tuple[str, ...] = ()
+    """Exit code and reason of the last attempt that has ended."""
+    what_follows: str | None
+    """What was decided then: whether it comes back by itself, and why not."""
+    nodes: tuple[str, ...]
+    """Hosts of the last attempt."""
+    job_ids: tuple[str, ...]
+    """Of every job that was queued for it, oldest first."""
+    why_it_waits: str | None
+    """Of a queued job, in the queue's own words."""
 
 
 def print_status(path: Path, *, as_json: bool) -> int:
-    """Write the state of a run, or of each stage of a chain, to stdout.
+    """Write the state of a run, or of each stage of a chain or each run of a sweep, to stdout.
 
-    Raises: ValueError if `path` is neither."""
-    statuses = chain_status(path) if (path / "chain.json").exists() else [run_status(path, ended=None)]
+    Raises: ValueError if `path` is none of these."""
+    statuses = statuses_of(path)
     if as_json:
-        overall = asdict(_overall(path, statuses) if len(statuses) > 1 else statuses[0])
-        stages = {"stages": [asdict(status) for status in statuses]} if len(statuses) > 1 else {}
-        sys.stdout.write(json_text({**overall, **stages}))
+        overall = asdict(_overall(path, statuses) if (path / "chain.json").exists() else statuses[0])
+        several = {"stages": [asdict(status) for status in statuses]} if len(statuses) > 1 else {}
+        sys.stdout.write(json_text({**overall, **several}))
     else:
         for status in statuses:
             sys.stdout.write(_line(status) + "\n")
     return 0
 
 
-def chain_status(path: Path) -> list[Status]:
-    """A status per stage that the chain trains."""
-    ended = _ended(path)
-    return [run_status(stage.run_dir, ended=ended or "") for stage in read_chain(path) if stage.trained_here]
+def statuses_of(path: Path) -> list[Status]:
+    """A status for a run, for each stage that a chain trains, or for each run of a sweep."""
+    queue = _queue(path)
+    if is_sweep(path):
+        return [run_status(run_dir, ended=None, job=queue.get(run_dir)) for run_dir in sweep_runs(path)]
+    if not (path / "chain.json").exists():
+        return [run_status(path, ended=None, job=queue.get(path))]
+    ended = _ended(path) or ""
+    stages = [stage.run_dir for stage in read_chain(path) if stage.trained_here]
+    return [run_status(stage, ended=_ended(stage) or ended, job=queue.get(stage)) for stage in stages]
 
 
-def run_status(run_dir: Path, *, ended: str | None) -> Status:
-    """The status of one run. ended: how its chain ended last, where it is a stage of one.
+def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -> Status:
+    """The status of one run. ended: how its chain ended last, where it is a stage of one. job: its place in a queue.
 
     Raises: ValueError if there is no run."""
     if not (run_dir / "recipe.yaml").exists():
@@ -60,21 +79,37 @@ def run_status(run_dir: Path, *, ended: str | None) -> Status:
     total = load_recipe(run_dir / "recipe.yaml", []).train.steps
     last = _last_line(run_dir / "metrics.jsonl")
     # a step whose numbers were bad has no line: where it was the last one, the checkpoint knows better
-    step = max(int(last["step"]) + 1 if last else 0, _committed_step(run_dir))
+    logged = _number(last, "step")
+    step = max(0 if logged is None else int(logged) + 1, _committed_step(run_dir))
     last_end = _ended(run_dir) if ended is None else ended or None
-    state = _state(run_dir, step=step, total=total, last_end=last_end)
-    left = (total - step) * float(last["step_seconds"]) if last and state == "running" else None
+    state = _state(run_dir, step=step, total=total, last_end=last_end, job=job)
+    seconds = _number(last, "step_seconds")
+    left = (total - step) * seconds if seconds is not None and state == "running" else None
+    attempt, end = _last_line(run_dir / "attempts.jsonl"), _last_line(run_dir / "job" / "ends.jsonl")
     return Status(
         run_dir=str(run_dir),
         state=state,
         step=step,
         total_steps=total,
-        loss=float(last["loss"]) if last else None,
-        images_per_second=float(last["images_per_second"]) if last else None,
+        loss=_number(last, "loss"),
+        images_per_second=_number(last, "images_per_second"),
         remaining_seconds=left,
         attempts=_count_lines(run_dir / "attempts.jsonl"),
         last_end=last_end,
+        what_follows=f"{end['decision']}: {end['why']}" if end else None,
+        nodes=tuple(map(str, hosts)) if isinstance(hosts := attempt.get("hosts"), list) else (),
+        job_ids=tuple(dict.fromkeys(submission.job_id for submission in submissions(run_dir))),
+        why_it_waits=job.why or None if job and job.state in ("queued", "held") else None,
     )
+
+
+def _queue(path: Path) -> dict[Path, Queued]:
+    """Jobs that wait or run, by folder; where the queue does not answer, that is said and the folder alone speaks."""
+    try:
+        return {job.run_dir: job for job in alive(path)}
+    except (RuntimeError, ValueError) as error:
+        sys.stderr.write(f"warning: {error}; what follows is what the folder says\n")
+        return {}
 
 
 def is_done(run_dir: Path) -> bool:
@@ -87,30 +122,32 @@ def _is_exported(run_dir: Path) -> bool:
     return (run_dir / "export" / "model_index.json").exists()
 
 
-def _state(run_dir: Path, *, step: int, total: int, last_end: str | None) -> State:
+def _state(run_dir: Path, *, step: int, total: int, last_end: str | None, job: Queued | None) -> State:
     if step >= total and _is_exported(run_dir):
         return "done"
-    if step == 0 and not (run_dir / "attempts.jsonl").exists():
-        return "waiting"
+    if job and job.state != "ended":
+        return job.state
     if is_locked(run_dir) or is_locked(run_dir.parent):
         return "running"
+    if step == 0 and not (run_dir / "attempts.jsonl").exists() and last_end is None:
+        return "waiting"
     return "stopped" if last_end is None or last_end.startswith("75") else "failed"
 
 
 def _overall(path: Path, statuses: list[Status]) -> Status:
     """A chain's own line: the stage it is at, steps added up."""
     current = next((status for status in statuses if status.state != "done"), statuses[-1])
-    state: State = "running" if is_locked(path) else current.state
-    return Status(
+    job = _queue(path).get(path)
+    state: State = job.state if job and job.state != "ended" else "running" if is_locked(path) else current.state
+    own = [submission.job_id for submission in submissions(path)]
+    return replace(
+        current,
         run_dir=str(path),
-        state=state,
+        state="done" if current.state == "done" else state,
         step=sum(status.step for status in statuses),
         total_steps=sum(status.total_steps for status in statuses),
-        loss=current.loss,
-        images_per_second=current.images_per_second,
-        remaining_seconds=current.remaining_seconds,
         attempts=max(status.attempts for status in statuses),
-        last_end=current.last_end,
+        job_ids=tuple(dict.fromkeys([*own, *(job_id for status in statuses for job_id in status.job_ids)])),
     )
 
 
@@ -122,7 +159,11 @@ def _line(status: Status) -> str:
         parts.append(f"about {status.remaining_seconds / 60:.1f} minutes left")
     if status.attempts > 1:
         parts.append(f"{status.attempts} attempts")
-    if status.last_end and status.state in ("stopped", "failed"):
+    if status.nodes and status.state == "running":
+        parts.append(f"on {' '.join(status.nodes)}")
+    if status.job_ids:
+        parts.append(f"job {status.job_ids[-1]}" + (f" ({status.why_it_waits})" if status.why_it_waits else ""))
+    if status.last_end and status.state in ("stopped", "failed", "held", "queued"):
         parts.append(f"last end: {status.last_end}")
     return ", ".join(parts)
 
@@ -142,14 +183,19 @@ def _ended(path: Path) -> str | None:
     return f"{fields.get('code')} {fields.get('reason')}"
 
 
-def _last_line(path: Path) -> dict[str, float] | None:
-    """The last whole line of a JSON-lines file; it is short, so the file's end holds it."""
+def _number(fields: Mapping[str, object], key: str) -> float | None:
+    value = fields.get(key)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _last_line(path: Path) -> dict[str, object]:
+    """The last whole line of a JSON-lines file, empty without one; it is short, so the file's end holds it."""
     if not path.exists():
-        return None
+        return {}
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-    return json.loads(lines[-1]) if lines else None
+    return json.loads(lines[-1]) if lines else {}
 
 
 def _count_lines(path: Path) -> int:
