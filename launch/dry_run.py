@@ -2,8 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.chain import stage_names
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster
@@ -11,14 +12,37 @@ from launch.job import Job
 from trainer.config import RunConfig
 from trainer.config_io import dump_yaml
 
+if TYPE_CHECKING:
+    from launch.slurm import Planned
+
 
 def dry_run_text(job: Job, config: RunConfig, machines: ClusterConfig) -> str:
     """Files with their contents and commands with their words, as text for people."""
     parts = [f"# would run on {_where(machines)} in {job.path}"]
-    parts += _file(job.path / "recipe.yaml", dump_yaml(config))
-    parts += _file(job.path / "cluster.yaml", dump_yaml(machines))
-    parts += _commands(job, config, machines)
+    parts += _frozen(job.path, config, machines)
+    parts += ["\n# --- commands", *_commands(job, config, machines)]
     return "\n".join(parts) + "\n"
+
+
+def dry_run_sweep_text(folder: Path, runs: Sequence[Path], configs: Sequence[RunConfig], machines: ClusterConfig) -> str:
+    """The same of a sweep, whose runs are in `folder`."""
+    parts = [f"# would run {len(runs)} runs on {_where(machines)} in {folder}"]
+    for run, config in zip(runs, configs, strict=True):
+        parts += _frozen(run, config, machines)
+    parts.append("\n# --- commands")
+    if isinstance(machines, SlurmCluster):
+        from launch.slurm import plan_sweep
+
+        parts += _slurm_jobs([plan_sweep(folder, range(len(runs)), machines, allow_fresh=False)], Job("train", runs[0], {}), machines)
+    else:
+        for run, config in zip(runs, configs, strict=True):
+            parts += _commands(Job("train", run, {}), config, machines)
+    return "\n".join(parts) + "\n"
+
+
+def _frozen(run_dir: Path, config: RunConfig, machines: ClusterConfig) -> Iterator[str]:
+    yield from _file(run_dir / "recipe.yaml", dump_yaml(config))
+    yield from _file(run_dir / "cluster.yaml", dump_yaml(machines))
 
 
 def _where(machines: ClusterConfig) -> str:
@@ -36,26 +60,26 @@ def _file(path: Path, text: str) -> Iterator[str]:
 
 
 def _commands(job: Job, config: RunConfig, machines: ClusterConfig) -> Iterator[str]:
-    yield "\n# --- commands"
     match machines:
         case LocalCluster():
             yield f"{shlex.join(job.command(sys.executable))}   # {machines.ranks} times, RANK=0 to {machines.ranks - 1}"
         case SlurmCluster():
-            yield from _slurm_jobs(job, config, machines)
+            from launch.slurm import plan
+
+            stages = [job.path / name for name in stage_names(config, config.distill)] if config.distill else []
+            yield from _slurm_jobs(plan(job, machines, stages), job, machines)
         case RayCluster():
             yield shlex.join(job.command(machines.python or sys.executable)) + f"   # in each of {machines.ranks} workers of Ray Train"
 
 
-def _slurm_jobs(job: Job, config: RunConfig, machines: SlurmCluster) -> Iterator[str]:
-    from launch.slurm import plan, submit_words
+def _slurm_jobs(jobs: Sequence["Planned"], job: Job, machines: SlurmCluster) -> Iterator[str]:
+    from launch.slurm import submit_words
     from launch.slurm_job import srun_words
     from launch.slurm_script import render, template
 
-    stages = [job.path / name for name in stage_names(config, config.distill)] if config.distill else []
-    for number, planned in enumerate(plan(job, machines, stages)):
+    through = " through submitit" if machines.submit_with == "submitit" else ""
+    for number, planned in enumerate(jobs):
         yield from _file(planned.path, render(template(), planned.script, machines))
-        after = f"JOB_{number}" if planned.waits else None
-        yield f"\n# submits job {number + 1}{' through submitit' if machines.submit_with == 'submitit' else ''}\n" + shlex.join(
-            submit_words(planned, machines, after=after)
-        )
+        words = submit_words(planned, machines, after=f"JOB_{number}" if planned.waits else None)
+        yield f"\n# --- submits job {number + 1}{through}\n{shlex.join(words)}"
         yield f"# which runs on its first node\n{shlex.join(srun_words(job, machines))}"

@@ -41,6 +41,9 @@ def submit(job: Job, cluster: SlurmCluster) -> None:
     """Queue a run, or a chain as its cluster file says, and write down the ids of the jobs.
 
     Raises: RuntimeError with Slurm's own words; ValueError where Slurm is not installed."""
+    if is_done(job.path):
+        sys.stderr.write(f"{job.path}: is done; nothing is submitted\n")
+        return
     before: str | None = None
     for planned in plan(job, cluster, _stages_to_train(job.path)):
         planned.path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -130,13 +133,9 @@ def _queue_through_submitit(planned: Planned, cluster: SlurmCluster, *, after: s
     folder = planned.run_dir / "job" / "submitit"
     folder.mkdir(mode=0o700, exist_ok=True)
     executor = SlurmExecutor(folder, python=f"exec {shlex.quote(cluster.python or sys.executable)}")
-    executor.update_parameters(
-        stderr_to_stdout=True,
-        use_srun=False,
-        setup=list(cluster.setup) or None,
-        additional_parameters=options,
-        job_name=planned.script.name,
-    )
+    # What submitit would choose by itself (five minutes, a wckey) is left out.
+    own = {"job_name": None, "time": None, "wckey": None}
+    executor.update_parameters(**own, stderr_to_stdout=True, use_srun=False, setup=list(cluster.setup), additional_parameters=options)
     return executor.submit(subprocess.check_call, list(planned.script.command)).job_id
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from data_shards.index import ShardIndex
 from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster, load_cluster
+from launch.dry_run import dry_run_sweep_text, dry_run_text
 from launch.job import Job
 from launch.local import run_until_done
 from launch.run_dir import freeze, write_surroundings
@@ -47,13 +48,14 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
     Raises: ValueError for a recipe, cluster, data or folder that cannot be used."""
     config, machines, folder = _prepare(recipe, overrides, how)
     if how.dry_run:
-        return _show(Job("train", folder, {}), config, machines)
+        sys.stdout.write(dry_run_text(Job("train", folder, {}), config, machines))
+        return DONE
     if (folder / "chain.json").exists():
         raise ValueError(f"{folder}: holds a chain of halvings; go on with `halfstep distill`, or give another --run-dir")
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
-        freeze_run(folder, config, machines)
+        warn_of_shared_shards(freeze_run(folder, config, machines, shards_in=folder / "shards"), machines)
         return _launch(Job("train", folder, {"allow_fresh": how.allow_fresh}), machines, how, lock)
 
 
@@ -66,13 +68,18 @@ def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
     machines, folder = prepared[0][1:]
     runs = [folder / run_name(number, chosen) for number, chosen in enumerate(choices)]
     if how.dry_run:
-        return _show_sweep(folder, runs, prepared, how)
+        sys.stdout.write(dry_run_sweep_text(folder, runs, [config for config, _, _ in prepared], machines))
+        return DONE
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         write_sweep(folder, runs)
-        for run, (config, _, _) in zip(runs, prepared, strict=True):
-            freeze_run(run, config, machines)
+        shared = folder / "shards" if all(config.data.faces == prepared[0][0].data.faces for config, _, _ in prepared) else None
+        packed = [
+            freeze_run(run, config, machines, shards_in=shared or run / "shards")
+            for run, (config, _, _) in zip(runs, prepared, strict=True)
+        ]
+        warn_of_shared_shards(packed[0], machines)
         if isinstance(machines, SlurmCluster) and not how.here:
             from launch.slurm import submit_sweep
 
@@ -82,17 +89,17 @@ def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
         return next((code for code in codes if code != DONE), DONE)
 
 
-def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig) -> None:
-    """Make a RUN_DIR ready to start: shards packed, recipe and cluster frozen.
+def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shards_in: Path) -> Path:
+    """Make a RUN_DIR ready to start: shards packed, recipe and cluster frozen; returns the shards.
 
-    Raises: ValueError if it holds another run."""
+    shards_in: where faces are packed, the run's folder or the one above it. Raises: ValueError if it holds another run."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(config, folder)
-    seen = "shards" if config.data.shards is None else str(shards)
+    shards = _shards(config, shards_in)
+    seen = os.path.relpath(shards, os.path.abspath(folder)) if config.data.shards is None else str(shards)
     config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
     freeze(folder, _with_absolute_teacher(config), shards=shards)
     write_surroundings(folder, machines)
-    warn_of_shared_shards(shards, machines)
+    return shards
 
 
 def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
@@ -107,13 +114,14 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
         config = with_teacher(config, Path(distill.teacher))
     check_ranks(config, machines.ranks, batch=distill.global_batch_size)
     if how.dry_run:
-        return _show(Job("distill", folder, {}), config, machines)
+        sys.stdout.write(dry_run_text(Job("distill", folder, {}), config, machines))
+        return DONE
     if (folder / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: holds a single run; halve it with distill.teacher={folder} and another --run-dir")
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
-        shards = _shards(config, folder)
+        shards = _shards(config, folder / "shards")
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)
         warn_of_shared_shards(shards, machines)
@@ -232,12 +240,12 @@ def _with_absolute_teacher(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"objective": config.objective.model_copy(update={"teacher": teacher})})
 
 
-def _shards(config: RunConfig, run_dir: Path) -> Path:
-    """The recipe's packed shards; faces are packed into RUN_DIR/shards first (finished shards are kept)."""
+def _shards(config: RunConfig, packed: Path) -> Path:
+    """The recipe's packed shards; faces are packed into a folder first (finished shards are kept)."""
     if config.data.shards is not None:
         return Path(os.path.abspath(config.data.shards))
     assert config.data.faces is not None, "the recipe's own check asks for shards or faces"
-    return pack_faces(config.data.faces, run_dir / "shards")
+    return pack_faces(config.data.faces, packed)
 
 
 def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
@@ -247,19 +255,3 @@ def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
     source = FacesSource(style=faces.style, count=faces.count, seed=faces.seed, start=start, allow_attribution=faces.allow_attribution)
     pack_source(source, out, size=faces.size, seed=faces.seed, workers=os.cpu_count() or 1, samples_per_shard=1000)
     return Path(os.path.abspath(out))
-
-
-def _show(job: Job, config: RunConfig, machines: ClusterConfig) -> int:
-    """What a run would do, file by file, without doing it."""
-    from launch.dry_run import dry_run_text
-
-    sys.stdout.write(dry_run_text(job, config, machines))
-    return DONE
-
-
-def _show_sweep(folder: Path, runs: Sequence[Path], prepared: Sequence[tuple[RunConfig, ClusterConfig, Path]], how: How) -> int:
-    for run, (config, machines, _) in zip(runs, prepared, strict=True):
-        _show(Job("train", run, {}), config, machines)
-        if isinstance(machines, SlurmCluster):
-            break
-    return DONE

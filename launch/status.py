@@ -113,7 +113,9 @@ def _queue(path: Path) -> dict[Path, Queued]:
 
 
 def is_done(run_dir: Path) -> bool:
-    """Whether a run has taken all its steps and written its export."""
+    """Whether a run has taken all its steps and written its export, or every stage of a chain has."""
+    if (run_dir / "chain.json").exists():
+        return all(is_done(stage.run_dir) for stage in read_chain(run_dir) if stage.trained_here)
     total = load_recipe(run_dir / "recipe.yaml", []).train.steps
     return _committed_step(run_dir) >= total and _is_exported(run_dir)
 
