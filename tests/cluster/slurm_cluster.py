@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,15 +147,18 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, job_id: str, *states: str, seconds: float = 120) -> str:
-        """Return when a job is in one of the states. A job that was queued again starts at once, without Slurm's pause of two minutes."""
+        """Return when a job is in one of the states, and which; see wait_until."""
+        self.wait_until(job_id, lambda: self.state(job_id) in states, f"one of {', '.join(states)}", seconds=seconds)
+        return self.state(job_id)
+
+    def wait_until(self, job_id: str, condition: Callable[[], bool], what: str, *, seconds: float = 120) -> None:
+        """Return when the condition holds. A job that was queued again starts at once, without Slurm's pause of two minutes."""
         deadline = time.monotonic() + seconds
-        while True:
+        while not condition():
             facts = self.facts(job_id)
-            if facts["JobState"] in states:
-                return facts["JobState"]
             if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
                 self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
-            assert time.monotonic() < deadline, f"job {job_id} is {facts['JobState']} ({facts['Reason']}), wanted {states}"
+            assert time.monotonic() < deadline, f"job {job_id} is {facts['JobState']} ({facts['Reason']}), wanted {what}"
             time.sleep(0.1)
 
     def _config(self) -> str:
