@@ -54,7 +54,8 @@ def find_job(job_id: str) -> SlurmJob | None:
     try:
         text = slurm(["scontrol", "--oneliner", "show", "job", job_id])
     except RuntimeError as error:
-        if "Invalid job id" in str(error):
+        # of an array's element the second, on stdout, where other elements are still known
+        if "Invalid job id" in str(error) or str(error).endswith("not found"):
             return None
         raise
     lines = [parse_job(line) for line in text.splitlines() if line.startswith("JobId=")]
@@ -73,16 +74,16 @@ def parse_job(line: str) -> SlurmJob:
         reason="" if reason == "None" else reason,
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
         restarts=int(fields.get("Restarts", "0")),
-        over_limit=_seconds(fields.get("RunTime", "")) >= _seconds(fields.get("TimeLimit", "UNLIMITED")),
+        over_limit=_seconds(fields.get("RunTime", "")) >= (_seconds(fields.get("TimeLimit", "")) or math.inf),
     )
 
 
 def _seconds(text: str) -> float:
-    """Slurm's [D-]HH:MM:SS in seconds; infinity for UNLIMITED, 0 for nothing."""
+    """Slurm's [D-]HH:MM:SS in seconds; 0 for a word, such as UNLIMITED."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdecimal() for part in parts):
-        return math.inf if text == "UNLIMITED" else 0.0
+        return 0.0
     seconds = 0
     for part in parts:
         seconds = seconds * 60 + int(part)
