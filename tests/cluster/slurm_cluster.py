@@ -13,6 +13,8 @@ from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge")
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
+_PAUSE_SECONDS = 3.0
+"""Before a job is started again: slurmd takes a new credential for the revoked one of the attempt before, in the same second."""
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _CONFIG = """\
 ClusterName=halfstep
@@ -152,11 +154,16 @@ class Slurm:
         return self.state(job_id)
 
     def wait_until(self, job_id: str, condition: Callable[[], bool], what: str, *, seconds: float = 120) -> None:
-        """Return when the condition holds. A job that was queued again starts at once, without Slurm's pause of two minutes."""
+        """Return when the condition holds. A job that was queued again starts soon, without Slurm's pause of two minutes."""
         deadline = time.monotonic() + seconds
+        waits_since: float | None = None
         while not condition():
             facts = self.facts(job_id)
-            if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            if facts["JobState"] != "PENDING" or facts["Reason"] != "BeginTime":
+                waits_since = None
+            elif waits_since is None:
+                waits_since = time.monotonic()
+            elif time.monotonic() - waits_since > _PAUSE_SECONDS:
                 self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
             assert time.monotonic() < deadline, f"job {job_id} is {facts['JobState']} ({facts['Reason']}), wanted {what}"
             time.sleep(0.1)
@@ -256,3 +263,18 @@ def _descendants(pid: int) -> list[int]:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def rank_pids(run_dir: Path) -> list[int]:
+    """Processes of a run's ranks on this host, by their command lines; not srun's, which holds the same words."""
+    wanted = b"\0-m\0launch.slurm_rank\0"
+    return [
+        pid for pid in _processes() if wanted in (words := _words(pid)) and str(run_dir).encode() in words and b"srun" not in words[:10]
+    ]
+
+
+def _words(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
