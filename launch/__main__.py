@@ -240,6 +240,22 @@ def checkpoints(
     end(print_checkpoints(folder, verify=verify, as_json=as_json))
 
 
+@app.command()
+def doctor(
+    cluster: Annotated[
+        str | None, typer.Option(metavar="C", help="A cluster file, or a shipped one's name, to compare with what is there.")
+    ] = None,
+    online: Annotated[bool, typer.Option("--online", help="Try the Hugging Face Hub too; without it nothing leaves this site.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """What this machine, its Slurm and its Ray have and lack, and how to mend it. Exit code 1 if there is a problem.
+
+    Example:  halfstep doctor --cluster my-cluster.yaml"""
+    from launch.doctor import run_doctor
+
+    end(run_doctor(as_json=as_json, cluster=cluster, online=online))
+
+
 @app.command("import-checkpoint")
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint that another program wrote, such as model.pt.")],

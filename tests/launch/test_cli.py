@@ -55,7 +55,7 @@ def test_help_is_instant_and_lists_every_verb(halfstep: Callable[..., Ran]) -> N
     assert ran.cpu_seconds < 0.4
     assert not ran.imported & {"torch", "pydantic", "numpy", "yaml", "PIL"}
     verbs = ("demo", "train", "distill", "sample", "evaluate", "report", "export", "status", "checkpoints", "import-checkpoint")
-    for verb in (*verbs, "hash", "recipes", "shards"):
+    for verb in (*verbs, "doctor", "hash", "recipes", "shards"):
         assert f" {verb} " in ran.out
 
 
