@@ -17,6 +17,20 @@ Ports = Annotated[tuple[Annotated[int, Field(ge=1024, le=65535)], ...], Field(st
 _OURS = frozenset(
     {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 )
+_OF_THE_LAUNCHER = frozenset({"ntasks", "output", "error", "open-mode", "requeue", "no-requeue", "array"})
+_KEY_OF_OPTION = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "nodes": "nodes",
+    "ntasks-per-node": "ranks_per_node",
+    "cpus-per-task": "cpus_per_rank",
+    "gpus-per-node": "gpus_per_rank",
+    "time": "time_limit_minutes",
+    "signal": "stop_seconds_before_limit",
+}
+"""Options of sbatch that have a key of their own."""
 _SECRET = re.compile(r"TOKEN(?!IZER|_PATH)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
@@ -141,8 +155,15 @@ class SlurmCluster(_Network):
             if value is not None and (not value or re.search(r"[\s\"'$`\\]", value)):
                 yield Problem((name,), f"got '{value}', wanted one word as sbatch takes it, without quotes or spaces")
         for number, line in enumerate(self.extra_sbatch_lines):
-            if not re.fullmatch(r"(#SBATCH )?--?[A-Za-z][^\n]*", line):
+            option = re.fullmatch(r"(?:#SBATCH )?--([A-Za-z][A-Za-z-]*)([= ][^\n]*)?", line)
+            if not option:
                 yield Problem(("extra_sbatch_lines",), f"item {number} is '{line[:60]}', wanted an option such as '--mail-type=END'")
+            elif key := _KEY_OF_OPTION.get(option[1]):
+                yield Problem(("extra_sbatch_lines",), f"item {number} is '{line[:60]}'; leave it out and set cluster.{key}")
+            elif option[1] in _OF_THE_LAUNCHER:
+                yield Problem(
+                    ("extra_sbatch_lines",), f"item {number} is '{line[:60]}'; the launcher sets --{option[1]} itself, leave it out"
+                )
         for number, line in enumerate(self.setup):
             if line.startswith("#SBATCH"):
                 yield Problem(("setup",), f"line {number} is an option of sbatch; put '{line[8:60]}' into extra_sbatch_lines")

@@ -27,6 +27,12 @@ class Script:
     array: Sequence[int] = ()
     """Elements of a job array; empty for a single job."""
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a folder whose name sbatch cannot read."""
+        if re.search(r"[\\\r\n]", str(self.run_dir)):
+            text = "Slurm cannot write into a folder with a backslash or a line break in its name"
+            raise ValueError(f"{str(self.run_dir)!r}: {text}; give another --run-dir")
+
     @property
     def output(self) -> str:
         """The job's output, relative to run_dir, with Slurm's % patterns."""
@@ -64,8 +70,9 @@ def render(template: str, script: Script, cluster: SlurmCluster) -> str:
     """The job script: the template with its options, its site's lines and its command replaced."""
     lines = template.splitlines()
     options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
-    site = next(number for number, line in enumerate(lines) if line.startswith("# The site's own lines"))
-    assert lines[0] == "#!/bin/bash" and lines[-1].startswith("exec "), "slurm/train.sbatch has the shape that render knows"
+    site = next((number for number, line in enumerate(lines) if line.startswith("# The site's own lines")), 0)
+    assert options and lines[0] == "#!/bin/bash" and lines[-1].startswith("exec "), "slurm/train.sbatch begins and ends as render knows it"
+    assert options[-1] < site, "slurm/train.sbatch has the site's own lines below its options"
     parts = [
         lines[0],
         _HEADER.format(what=script.run_dir),
@@ -91,8 +98,8 @@ def _option_lines(script: Script, cluster: SlurmCluster) -> Iterator[str]:
 
 
 def _quoted(value: str) -> str:
-    """A value as sbatch reads it: in double quotes where it has spaces."""
-    return f'"{value}"' if re.search(r"[\s&|#]", value) else value
+    """A value as sbatch reads it: in double quotes where it has spaces or quotes."""
+    return '"' + value.replace('"', '\\"') + '"' if re.search(r"[\s&|#'\"]", value) else value
 
 
 def _array(elements: Sequence[int], at_once: int | None) -> str:
