@@ -37,7 +37,7 @@ class Allocation:
     """The nodes that Slurm has given this job."""
 
     job_id: str
-    """As scontrol takes it; an array's elements have numbers of their own."""
+    """As scontrol takes it and submissions have it: of an array's element ARRAY_INDEX."""
     hosts: tuple[str, ...]
     restarts: int
 
@@ -46,8 +46,12 @@ class Allocation:
         """From SLURM_* variables. Raises: ValueError outside of a job."""
         if "SLURM_JOB_ID" not in variables:
             raise ValueError("SLURM_JOB_ID is not set: this runs inside a Slurm job (sbatch, salloc); leave --here out to submit one")
+        job_id = variables["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_TASK_ID" in variables:
+            # one of the elements has the array's own number as its own: by that, scontrol would queue all of them again
+            job_id = f"{variables['SLURM_ARRAY_JOB_ID']}_{variables['SLURM_ARRAY_TASK_ID']}"
         hosts = slurm(["scontrol", "show", "hostnames", variables["SLURM_JOB_NODELIST"]]).split()
-        return cls(variables["SLURM_JOB_ID"], tuple(hosts), int(variables.get("SLURM_RESTART_COUNT", "0")))
+        return cls(job_id, tuple(hosts), int(variables.get("SLURM_RESTART_COUNT", "0")))
 
 
 def main() -> int:
@@ -66,9 +70,12 @@ def main() -> int:
 def allocated() -> list[str]:
     """Overrides of a cluster file by what this job was given, for a job script that was submitted by hand.
 
-    Raises: ValueError outside of a job."""
+    Raises: ValueError outside of a job, and where its nodes have different numbers of tasks."""
     allocation = Allocation.read(os.environ)
-    tasks = re.match(r"\d+", os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    counts = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "1")
+    if "," in counts:
+        raise ValueError(f"this job's nodes have {counts} tasks, and ranks are as many on every node; give sbatch --ntasks-per-node=N")
+    tasks = re.match(r"\d+", counts)
     overrides = {
         "nodes": len(allocation.hosts),
         "ranks_per_node": int(tasks[0]) if tasks else 1,

@@ -16,9 +16,11 @@ _SCRIPT = """\
 words="${{0##*/}} $*"
 printf '%s\\n' "$words" >> {folder}/calls
 answers={folder}/answers/$(printf %s "$words" | tr / :)
+[ -d "$answers" ] || answers={folder}/answers/${{0##*/}}
 set -- "$answers"/*
 [ -e "$1/code" ] || {{ echo "no answer to: $words" >&2; exit 99; }}
 cat "$1/out"; cat "$1/err" >&2; code=$(cat "$1/code")
+. "$1/then"
 [ $# -eq 1 ] || rm -r "$1"
 exit "$code"
 """
@@ -47,19 +49,22 @@ class SlurmOnPath:
         """Put the commands in front of all others."""
         (folder / "bin").mkdir(parents=True)
         (folder / "answers").mkdir()
-        for name in ("scontrol", "sbatch", "scancel"):
+        for name in ("scontrol", "sbatch", "scancel", "srun"):
             script = folder / "bin" / name
             script.write_text(_SCRIPT.format(folder=shlex.quote(str(folder))))
             script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
         return cls(folder)
 
-    def says(self, words: str, out: str = "", *, err: str = "", code: int = 0) -> None:
-        """Answer a command from now on, or after its earlier answers have been given once each."""
+    def says(self, words: str, out: str = "", *, err: str = "", code: int = 0, then: str = "") -> None:
+        """Answer a command from now on, or after its earlier answers have been given once each.
+
+        words: all of them, or the command's name alone for any other words. then: what the script does last of all."""
         answers = self.folder / "answers" / words.replace("/", ":")
         answer = answers / f"{len(list(answers.glob('*'))) if answers.exists() else 0:03d}"
         answer.mkdir(parents=True)
         (answer / "out").write_text(out)
+        (answer / "then").write_text(then)
         (answer / "err").write_text(err)
         (answer / "code").write_text(f"{code}\n")
 
