@@ -8,6 +8,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -24,6 +25,7 @@ _OTHERS_RIGHTS = 0o077
 _PLAIN = re.compile(r"node:|memory$|objectStoreMemory$")
 """Resources that every node has, and nobody asks for."""
 _OPEN = "no token authentication: everybody who reaches it can run programs there as its user"
+_ASKS = "asks for a token; set RAY_AUTH_MODE=token and put the cluster's into ~/.ray/auth_token, mode 0600"
 _CLOSE = "start its Ray with RAY_AUTH_MODE=token, and set the same here with the token in ~/.ray/auth_token, mode 0600"
 
 
@@ -71,7 +73,7 @@ def probe(address: str | None, variables: Mapping[str, str], *, seconds: float) 
         if address.startswith(("http://", "https://")):
             state, is_open = _ask_dashboard(address, _token(variables), seconds=seconds)
         else:
-            state, is_open = _ask_head(address, seconds=seconds), not is_token_mode(variables)
+            state, is_open = _ask_head(address, variables, seconds=seconds)
     except (OSError, RuntimeError, ValueError, KeyError, http.client.HTTPException) as error:
         mend = "is its head running (ray status), and reachable from here? RAY_ADDRESS or cluster.address names it"
         return None, [*findings, Finding(_GROUP, "cluster", "problem", f"{address}: {error}", mend)]
@@ -142,7 +144,7 @@ def _ask_dashboard(address: str, token: str | None, *, seconds: float) -> tuple[
     is_open = status not in _REFUSED
     if not is_open:
         if token is None:
-            raise RuntimeError("asks for a token; set RAY_AUTH_MODE=token and put the cluster's into ~/.ray/auth_token, mode 0600")
+            raise RuntimeError(_ASKS)
         status, text = _get(address, token, seconds=seconds / 2)
     if status != http.client.OK:
         raise RuntimeError("refuses our token" if status in _REFUSED else f"answers with status {status}; is this Ray's dashboard?")
@@ -163,12 +165,25 @@ def _get(address: str, token: str | None, *, seconds: float) -> tuple[int, str]:
         connection.close()
 
 
-def _ask_head(address: str, *, seconds: float) -> RayState:
-    """The cluster of a head, by Ray's own command. Ray tries for 20 s where nothing listens: that is found out first."""
+def _ask_head(address: str, variables: Mapping[str, str], *, seconds: float) -> tuple[RayState, bool]:
+    """The cluster of a head, by Ray's own command, and whether it answers without a token.
+
+    Ray tries for 20 s where nothing listens: that is found out first."""
     if address not in ("auto", "local"):
         host, _, port = address.rpartition(":")
         if not port.isdecimal():
             raise ValueError("wanted auto, HOST:PORT, or http(s)://HOST:PORT")
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=_CONNECT_SECONDS).close()
-    text = ask([sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address], seconds=seconds)
-    return RayState.from_status(text)
+    words = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    without = {key: value for key, value in variables.items() if not key.startswith("RAY_AUTH_")}
+    with ThreadPoolExecutor() as pool:
+        stranger = pool.submit(ask, words, seconds=seconds, environment={**without, "RAY_AUTH_MODE": "disabled"})
+        ours = pool.submit(ask, words, seconds=seconds, environment=variables) if is_token_mode(variables) else stranger
+    if stranger.exception() is None:
+        return RayState.from_status(stranger.result()), True
+    trouble = ours.exception()
+    if trouble is None:
+        return RayState.from_status(ours.result()), False
+    if "AuthenticationError" not in str(trouble):
+        raise trouble
+    raise RuntimeError(_ASKS if ours is stranger else "refuses our token")

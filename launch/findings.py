@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, final
 
+_LINE_LENGTH = 200
+
 Status = Literal["ok", "warning", "problem", "absent"]
 """ok: as it should be; warning: works, with a cost; problem: to be mended first; absent: not there, and not needed by every run."""
 
@@ -62,7 +64,7 @@ def ask(words: Sequence[str], *, seconds: float, environment: Mapping[str, str] 
         raise RuntimeError(f"no answer within {seconds:.0f} s") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"{words[0]} ended with exit code {done.returncode}")
+        raise RuntimeError(said[-1][:_LINE_LENGTH] if said else f"{words[0]} ended with exit code {done.returncode}")
     return done.stdout
 
 

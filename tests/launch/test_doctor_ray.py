@@ -1,6 +1,7 @@
 """Whether a Ray cluster answers, and who else could use it; the texts are a Ray 2.60's own."""
 
 import http.server
+import os
 import socket
 import sys
 import threading
@@ -140,6 +141,38 @@ def test_a_job_server_that_refuses_us_says_what_to_set(mode: str, says: str, tok
         state, findings = probe(address, {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": mode}, seconds=4)
     finding = by_name(findings)["cluster"]
     assert state is None and finding.status == "problem" and says in finding.found
+    assert SECRET not in str(findings)
+
+
+def _ray_status(folder: Path, monkeypatch: pytest.MonkeyPatch, *, wants: str | None) -> None:
+    """A stand-in for `ray status`, of a head that wants a token, or none."""
+    program = folder / "python"
+    refuses = f'"$RAY_AUTH_MODE $(cat "$RAY_AUTH_TOKEN_PATH" 2>&1)" != "token {wants}"' if wants else "1 = 2"
+    error = "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing or incorrect. Note: ..."
+    program.write_text(f"#!/bin/sh\nif [ {refuses} ]; then echo '{error}' >&2; exit 1; fi\ncat {CAPTURED}/ray_2_60_status.txt\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+@pytest.mark.parametrize(
+    ("wants", "mode", "status", "says"),
+    [
+        (None, "", "warning", "no token, on loopback"),
+        (None, "token", "warning", "no token, on loopback"),
+        (SECRET, "token", "ok", "a token is asked for"),
+        (SECRET, "", "problem", "asks for a token; set RAY_AUTH_MODE=token"),
+        ("another", "token", "problem", "refuses our token"),
+    ],
+)
+def test_whether_a_head_wants_a_token_is_tried(
+    wants: str | None, mode: str, status: str, says: str, token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ray_status(tmp_path, monkeypatch, wants=wants)
+    variables = {"PATH": os.environ["PATH"], "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": mode}
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        state, findings = probe(f"127.0.0.1:{head.getsockname()[1]}", variables, seconds=4)
+    finding = findings[-1]
+    assert finding.status == status and says in finding.found and (state is None) == (status == "problem")
     assert SECRET not in str(findings)
 
 
