@@ -14,6 +14,10 @@ def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     """The overrides of each run of a sweep: every combination of the values of KEY=VALUE,VALUE,... texts, the last one fastest.
 
     Raises: ValueError for a text of another shape."""
+    keys = [text.partition("=")[0] for text in sweeps]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"--sweep {key}=...: given twice; put all values into one")
     return list(itertools.product(*map(_choices, sweeps)))
 
 
@@ -46,7 +50,7 @@ def sweep_runs(folder: Path) -> list[Path]:
 
     Raises: ValueError naming the file if it is not a sweep's."""
     runs = read_json_object(folder / _FILE).get("runs")
-    if not isinstance(runs, list) or not all(isinstance(name, str) and Path(name).name == name for name in runs):
+    if not isinstance(runs, list) or not all(isinstance(name, str) and Path(name).name == name not in ("", "..") for name in runs):
         raise ValueError(f"{folder / _FILE}: wanted a list of folder names under runs")
     return [folder / name for name in runs]
 
