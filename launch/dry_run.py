@@ -1,5 +1,6 @@
 """What a command would do, in full: every file that it would write and every command that it would run."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ def dry_run_text(job: Job, config: RunConfig, machines: ClusterConfig) -> str:
     return "\n".join(parts) + "\n"
 
 
-def dry_run_sweep_text(folder: Path, runs: Sequence[Path], configs: Sequence[RunConfig], machines: ClusterConfig) -> str:
+def dry_run_sweep_text(
+    folder: Path, runs: Sequence[Path], configs: Sequence[RunConfig], machines: ClusterConfig, *, allow_fresh: bool
+) -> str:
     """The same of a sweep, whose runs are in `folder`."""
     parts = [f"# would run {len(runs)} runs on {_where(machines)} in {folder}"]
     for run, config in zip(runs, configs, strict=True):
@@ -33,10 +36,10 @@ def dry_run_sweep_text(folder: Path, runs: Sequence[Path], configs: Sequence[Run
     if isinstance(machines, SlurmCluster):
         from launch.slurm import plan_sweep
 
-        parts += _slurm_jobs([plan_sweep(folder, range(len(runs)), machines, allow_fresh=False)], Job("train", runs[0], {}), machines)
+        parts += _slurm_jobs([plan_sweep(folder, range(len(runs)), machines, allow_fresh=allow_fresh)], machines, first=runs[0])
     else:
         for run, config in zip(runs, configs, strict=True):
-            parts += _commands(Job("train", run, {}), config, machines)
+            parts += _commands(Job("train", run, {"allow_fresh": allow_fresh}), config, machines)
     return "\n".join(parts) + "\n"
 
 
@@ -67,12 +70,13 @@ def _commands(job: Job, config: RunConfig, machines: ClusterConfig) -> Iterator[
             from launch.slurm import plan
 
             stages = [job.path / name for name in stage_names(config, config.distill)] if config.distill else []
-            yield from _slurm_jobs(plan(job, machines, stages), job, machines)
+            yield from _slurm_jobs(plan(job, machines, stages), machines)
         case RayCluster():
             yield shlex.join(job.command(machines.python or sys.executable)) + f"   # in each of {machines.ranks} workers of Ray Train"
 
 
-def _slurm_jobs(jobs: Sequence["Planned"], job: Job, machines: SlurmCluster) -> Iterator[str]:
+def _slurm_jobs(jobs: Sequence["Planned"], machines: SlurmCluster, *, first: Path | None = None) -> Iterator[str]:
+    """first: of a job array, the run of its first element."""
     from launch.slurm import submit_words
     from launch.slurm_job import srun_words
     from launch.slurm_script import render, template
@@ -82,4 +86,7 @@ def _slurm_jobs(jobs: Sequence["Planned"], job: Job, machines: SlurmCluster) -> 
         yield from _file(planned.path, render(template(), planned.script, machines))
         words = submit_words(planned, machines, after=f"JOB_{number}" if planned.waits else None)
         yield f"\n# --- submits job {number + 1}{through}\n{shlex.join(words)}"
-        yield f"# which runs on its first node\n{shlex.join(srun_words(job, machines))}"
+        options: dict[str, object] = {"allow_fresh": "--allow-fresh" in planned.script.command, "previous_end": None}
+        job = Job(planned.kind, Path(os.path.abspath(first or planned.run_dir)), options)
+        where = f"in each of its {len(planned.script.array)} elements, here for the first" if first else "on its first node"
+        yield f"# which runs {where}\n{shlex.join(srun_words(job, machines))}"

@@ -27,6 +27,8 @@ from trainer.chain import read_chain
 class Planned:
     """A job to be queued: its folder, its script, and whether it waits for the one before."""
 
+    kind: str
+    """Of the ranks' job: train or distill."""
     run_dir: Path
     script: Script
     waits: bool = False
@@ -47,7 +49,7 @@ def submit(job: Job, cluster: SlurmCluster) -> None:
     before: str | None = None
     for planned in plan(job, cluster, _stages_to_train(job.path)):
         planned.path.parent.mkdir(mode=0o700, exist_ok=True)
-        if planned.run_dir != job.path:
+        if planned.run_dir != Path(os.path.abspath(job.path)):
             write_surroundings(planned.run_dir, cluster)
         replace_file(planned.path, render(template(), planned.script, cluster))
         job_id = _queue(planned, cluster, after=before if planned.waits else None)
@@ -81,7 +83,7 @@ def plan_sweep(folder: Path, elements: Sequence[int], cluster: SlurmCluster, *, 
     """The job array of a sweep: each element looks its run up."""
     path = Path(os.path.abspath(folder))
     command = [*_command("train", path, Job("train", path, {"allow_fresh": allow_fresh}), cluster), "--array"]
-    return Planned(path, Script(_name(path), path, command, tuple(elements)))
+    return Planned("train", path, Script(_name(path), path, command, tuple(elements)))
 
 
 def plan(job: Job, cluster: SlurmCluster, stages: Sequence[Path]) -> list[Planned]:
@@ -93,7 +95,8 @@ def plan(job: Job, cluster: SlurmCluster, stages: Sequence[Path]) -> list[Planne
 
 def _planned(kind: str, folder: Path, job: Job, cluster: SlurmCluster, *, waits: bool) -> Planned:
     path = Path(os.path.abspath(folder))
-    return Planned(path, Script(_name(path), path, _command(kind, path, job, cluster)), waits=waits)
+    name = _name(path) if kind == job.kind else _name(path.parent, path.name)
+    return Planned(kind, path, Script(name, path, _command(kind, path, job, cluster)), waits=waits)
 
 
 def _stages_to_train(chain_dir: Path) -> list[Path]:
@@ -144,7 +147,6 @@ def _command(kind: str, path: Path, job: Job, cluster: SlurmCluster) -> list[str
     return [cluster.python or sys.executable, "-m", "launch.slurm_job", kind, str(path), *flags]
 
 
-def _name(path: Path) -> str:
+def _name(path: Path, *stage: str) -> str:
     """A job's name, as squeue lists it."""
-    stage = f"{path.parent.name}-{path.name}" if (path.parent / "chain.json").exists() else path.name
-    return "halfstep-" + re.sub(r"[^A-Za-z0-9._-]", "_", stage)
+    return "halfstep-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([path.name, *stage]))

@@ -16,7 +16,7 @@ from launch.local import run_until_done
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.shards import pack_source
-from launch.sweep import combinations, run_name, write_sweep
+from launch.sweep import combinations, is_sweep, run_name, write_sweep
 from trainer.config import FacesConfig, ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
@@ -47,16 +47,19 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
 
     Raises: ValueError for a recipe, cluster, data or folder that cannot be used."""
     config, machines, folder = _prepare(recipe, overrides, how)
+    options: dict[str, object] = {"allow_fresh": how.allow_fresh}
     if how.dry_run:
-        sys.stdout.write(dry_run_text(Job("train", folder, {}), config, machines))
+        sys.stdout.write(dry_run_text(Job("train", folder, options), config, machines))
         return DONE
     if (folder / "chain.json").exists():
         raise ValueError(f"{folder}: holds a chain of halvings; go on with `halfstep distill`, or give another --run-dir")
+    if is_sweep(folder):
+        raise ValueError(f"{folder}: holds a sweep; go on with the same --sweep, or give another --run-dir")
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         warn_of_shared_shards(freeze_run(folder, config, machines, shards_in=folder / "shards"), machines)
-        return _launch(Job("train", folder, {"allow_fresh": how.allow_fresh}), machines, how, lock)
+        return _launch(Job("train", folder, options), machines, how, lock)
 
 
 def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
@@ -68,8 +71,11 @@ def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
     machines, folder = prepared[0][1:]
     runs = [folder / run_name(number, chosen) for number, chosen in enumerate(choices)]
     if how.dry_run:
-        sys.stdout.write(dry_run_sweep_text(folder, runs, [config for config, _, _ in prepared], machines))
+        configs = [config for config, _, _ in prepared]
+        sys.stdout.write(dry_run_sweep_text(folder, runs, configs, machines, allow_fresh=how.allow_fresh))
         return DONE
+    if (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder}: holds a {'chain' if (folder / 'chain.json').exists() else 'run'}; give --sweep another --run-dir")
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
@@ -107,6 +113,7 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
 
     Raises: ValueError for a recipe, cluster, teacher, data or folder that cannot be used."""
     config, machines, folder = _prepare(recipe, overrides, how)
+    options: dict[str, object] = {"allow_fresh": how.allow_fresh}
     distill = config.distill
     if distill is None:
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
@@ -114,8 +121,10 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
         config = with_teacher(config, Path(distill.teacher))
     check_ranks(config, machines.ranks, batch=distill.global_batch_size)
     if how.dry_run:
-        sys.stdout.write(dry_run_text(Job("distill", folder, {}), config, machines))
+        sys.stdout.write(dry_run_text(Job("distill", folder, options), config, machines))
         return DONE
+    if is_sweep(folder):
+        raise ValueError(f"{folder}: holds a sweep; give another --run-dir")
     if (folder / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: holds a single run; halve it with distill.teacher={folder} and another --run-dir")
     if is_queued(folder, machines, how):
@@ -125,7 +134,7 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)
         warn_of_shared_shards(shards, machines)
-        return _launch(Job("distill", folder, {"allow_fresh": how.allow_fresh}), machines, how, lock)
+        return _launch(Job("distill", folder, options), machines, how, lock)
 
 
 def _prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig, ClusterConfig, Path]:
@@ -133,7 +142,13 @@ def _prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig
     own = [text for text in overrides if not text.startswith("cluster.")]
     config = load_recipe(recipe_path(recipe), own)
     about_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
-    machines = load_cluster(how.cluster, [*about_cluster, *(_allocated() if how.here else [])])
+    machines = load_cluster(how.cluster, about_cluster)
+    if how.here:
+        if not isinstance(machines, SlurmCluster):
+            raise ValueError(
+                f"--here runs on the nodes of a Slurm job, and --cluster {how.cluster} is of kind {machines.kind}; give slurm's"
+            )
+        machines = load_cluster(how.cluster, [*about_cluster, *_allocated()])
     if how.ranks is not None:
         if not isinstance(machines, LocalCluster):
             text = "is for runs on this machine; set cluster.nodes and cluster.ranks_per_node"
