@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.cluster import RayCluster
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # near Ray's least: ranks keep nothing in it
+_NOISE = "Failed to query Ray Train Controller"
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -20,9 +21,10 @@ _SETTINGS = {
     # Its answer to a drain is to restart by itself; ours is to let the ranks commit, and then to decide.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # What rank 0 writes is shown as it is, and not what a helper of Ray Train says each second where there is no dashboard.
+    # What rank 0 writes is shown as it is, line by line; a helper of Ray Train that misses a dashboard each second is not.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller",
+    "RAY_DEDUP_LOGS_ALLOW_REGEX": f"^(?!.*{_NOISE})",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": _NOISE,
     # Machines are found before Ray Train asks for them.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
@@ -60,8 +62,8 @@ def connected(address: str | None, cluster: RayCluster) -> Iterator[None]:
 
 @contextmanager
 def _own_ray(cluster: RayCluster) -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="halfstep_ray_")  # 0700; Ray makes its folders in it 0777, whatever the umask
-    os.environ.update(_OWN_SETTINGS, RAY_AUTH_TOKEN_PATH=str(_write_token(Path(folder))))
+    folder = Path(tempfile.mkdtemp(prefix="halfstep_ray_"))  # 0700; Ray gives its own folder 0777, whatever the umask
+    os.environ.update(_OWN_SETTINGS, RAY_AUTH_TOKEN_PATH=str(_write_token(folder)))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # it would come before the file
     import ray
 
@@ -76,7 +78,7 @@ def _own_ray(cluster: RayCluster) -> Iterator[None]:
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=True,
             logging_level=logging.WARNING,
-            _temp_dir=folder,
+            _temp_dir=str(folder / "ray"),
         )
         os.umask(before)
         yield

@@ -77,23 +77,22 @@ def _asked(cluster: RayCluster, wanted: dict[str, float]) -> str:
 def _no_machines(cluster: RayCluster, wanted: dict[str, float]) -> str:
     return (
         f"the Ray cluster had no room within {cluster.wait_for_nodes_minutes:g} minutes (cluster.wait_for_nodes_minutes): asked for "
-        f"{_asked(cluster, wanted)}; it has {_described()}. Add nodes, or change cluster.nodes, cluster.ranks_per_node or what a rank "
-        "takes (cluster.cpus_per_rank, gpus_per_rank, memory_gib_per_rank, resources_per_rank); the same command goes on then"
+        f"{_asked(cluster, wanted)}; it has {_described(wanted)}. Add nodes, or change cluster.nodes, cluster.ranks_per_node or "
+        "what a rank takes (cluster.cpus_per_rank, gpus_per_rank, memory_gib_per_rank, resources_per_rank); the same command goes on then"
     )
 
 
-def _described() -> str:
-    """The cluster's nodes, with what is free on them."""
+def _described(wanted: dict[str, float]) -> str:
+    """The cluster's nodes, with what is free on them of what is wanted."""
     from ray._private.state import available_resources_per_node
 
     leaving, free = draining(), available_resources_per_node()
     living = [node for node in ray.nodes() if node["Alive"]]
     parts = []
     for node in living[:_LISTED]:
-        names = [name for name in node["Resources"] if not name.startswith(("node:", "object_store"))]
-        amounts = {name: free.get(node["NodeID"], {}).get(name, 0.0) for name in names}
+        amounts = {name: free.get(node["NodeID"], {}).get(name, 0.0) for name in wanted}
         note = ", to be taken away" if node["NodeID"] in leaving else ""
-        parts.append(f"{node['NodeManagerAddress']} ({_amounts(amounts) or 'nothing'} free{note})")
+        parts.append(f"{node['NodeManagerAddress']} ({_amounts(amounts)} free{note})")
     if len(living) > _LISTED:
         parts.append(f"{len(living) - _LISTED} more")
     return ", ".join(parts) or "no nodes"

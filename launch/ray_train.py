@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import uuid
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +16,12 @@ from launch.cluster import RayCluster, load_cluster
 from launch.ends import End, Restarts, log_end, read_end, record_end, take_end
 from launch.job import Job
 from launch.ray_connect import check_installed, connected
-from launch.run_lock import locked
-from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, CRASH, DATA_BUDGET, DONE, IO_ERROR, NUMERIC, PEER_LOST
+from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, CRASH, DONE, PEER_LOST
 from trainer.stop import STOP_SIGNALS, is_stop_requested, request_stop
 
 if TYPE_CHECKING:
-    from ray.train import Result
     from ray.train.torch import TorchConfig
 
-_KNOWN = frozenset({BAD_INPUT, DATA_BUDGET, NUMERIC, PEER_LOST, IO_ERROR})
 _OWN_WAIT_SECONDS = 30.0
 """For room on a Ray of our own, which does not grow."""
 
@@ -56,8 +51,12 @@ def main() -> int:
     job = Job(kind, Path(folder), json.loads(options))
     cluster = load_cluster(str(job.path / "cluster.yaml"), [])
     assert isinstance(cluster, RayCluster), "a job is submitted for a Ray cluster"
-    with _CopiedOutput(job.path / "job" / f"{name}.out"), locked(job.path):
-        return _drive(job, cluster, "auto", name=name)
+    with _CopiedOutput(job.path / "job" / f"{name}.out"):
+        try:
+            return _drive(job, cluster, "auto", name=name)
+        except (ValueError, RuntimeError, OSError) as error:
+            sys.stderr.write(f"error: {error}\n")
+            return BAD_INPUT if isinstance(error, ValueError) else CRASH
 
 
 def _drive(job: Job, cluster: RayCluster, address: str | None, *, name: str | None) -> int:
@@ -114,6 +113,7 @@ def _train(job: Job, cluster: RayCluster, nodes: list[str], refusal: Path) -> En
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from launch.ray_ends import end_of_error, end_of_result
     from launch.ray_nodes import rank_resources
     from launch.ray_worker import Attempt, Meeting, run_rank
 
@@ -134,14 +134,14 @@ def _train(job: Job, cluster: RayCluster, nodes: list[str], refusal: Path) -> En
             name=f"attempt_{uuid.uuid4().hex[:8]}",
             storage_path=str(job.path / "job" / "ray"),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     # In a thread of its own: in the main one, fit() would take SIGINT for itself and end the ranks at once.
     with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
         running = pool.submit(trainer.fit)
         error = running.exception()
-    return _end_of_error(error) if error else _end_of_result(running.result())
+    return end_of_error(error) if error else end_of_result(running.result())
 
 
 def _umask() -> int:
@@ -149,61 +149,6 @@ def _umask() -> int:
     before = os.umask(0o077)
     os.umask(before)
     return before
-
-
-def _end_of_result(result: "Result") -> End:
-    if result.return_value == DONE:
-        return End(DONE, "done")
-    return End(CALL_AGAIN, "asked to stop; the same command goes on from the checkpoint")
-
-
-def _end_of_error(error: BaseException) -> End:
-    from ray.train import TrainingFailedError
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-
-    match error:
-        case WorkerGroupError():
-            return _end_of_workers(error.worker_failures)
-        case ControllerError():
-            return End(PEER_LOST, f"Ray could not start the ranks: {error.controller_failure}")
-        case TrainingFailedError():
-            return End(PEER_LOST, f"Ray ended the ranks: {error}")
-        case _:
-            return End(PEER_LOST, f"Ray ended the ranks: {_last_line(str(error))}")
-
-
-def _end_of_workers(failures: Mapping[int, Exception]) -> End:
-    """The first cause: a rank that ended by itself, else one whose worker or node is gone, else one that lost its peers."""
-    from launch.ray_worker import RankFailed
-
-    ended = {rank: failure for rank, failure in failures.items() if isinstance(failure, RankFailed)}
-    lost = {rank: failure for rank, failure in failures.items() if rank not in ended}
-    for rank, failure in ended.items():
-        if failure.code != PEER_LOST:
-            return _end_of_rank(rank, failure.node, failure.code)
-    for rank, failure in lost.items():
-        return End(PEER_LOST, _lost(rank, str(failure)), rank)
-    rank, failure = next(iter(ended.items()))
-    return End(PEER_LOST, f"rank {rank} on {failure.node} lost the other ranks", rank)
-
-
-def _end_of_rank(rank: int, node: str, code: int) -> End:
-    if code >= 0:
-        return End(code if code in _KNOWN else CRASH, f"rank {rank} on {node} ended with exit code {code}; see logs/", rank)
-    text = f"rank {rank} on {node} was killed by {signal.Signals(-code).name}"
-    if -code == signal.SIGKILL:
-        text += " (by the kernel, if memory ran out: cluster.memory_gib_per_rank, or a smaller data.micro_batch_size)"
-    return End(PEER_LOST, text, rank)
-
-
-def _lost(rank: int, text: str) -> str:
-    """What Ray says of a worker that is gone, in a line."""
-    node = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
-    return f"rank {rank}{f' on {node[1]}' if node else ''} was lost: {_last_line(text)}"
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
 
 
 @final
@@ -261,8 +206,4 @@ class _CopiedOutput:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(BAD_INPUT)
+    sys.exit(main())
