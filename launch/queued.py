@@ -66,6 +66,12 @@ def folders(path: Path) -> Iterator[Path]:
         yield from (stage.run_dir for stage in read_chain(path) if stage.trained_here)
 
 
+def is_over(run_dir: Path, submission: Submission) -> bool:
+    """Whether a job has ended, or waits for a person."""
+    job = look(run_dir, submission)
+    return job is None or job.state in ("ended", "held")
+
+
 def let_go_on(path: Path) -> bool:
     """Whether the run waits or runs as a job already, which is said on the terminal; one that is held is released."""
     jobs = alive(path)
@@ -81,15 +87,16 @@ def let_go_on(path: Path) -> bool:
 
 
 def follow(path: Path) -> int:
-    """Show the output of a run's jobs until the last one has ended; returns the run's exit code. Ctrl-C leaves the jobs running."""
-    code = 0
+    """Show the output of a run's jobs, one after the other, until the last one has ended. Ctrl-C leaves the jobs running.
+
+    Returns the run's exit code; of a sweep that of the first run that failed."""
+    code = DONE
     try:
         for run_dir in folders(path):
             jobs = submissions(run_dir)
-            if jobs and code == 0:
+            if jobs and (code == DONE or is_sweep(path)):  # a chain's later stages leave the queue when one fails
                 _follow_job(run_dir, jobs[-1])
-                end = read_end(run_dir)
-                code = end.code if end else CRASH
+                code = code or _exit_code(run_dir, jobs[-1])
     except KeyboardInterrupt:
         sys.stderr.write(f"\nno longer following; the run goes on. halfstep logs {path} --follow shows it again, halfstep stop ends it\n")
     return code
@@ -134,8 +141,11 @@ def _leave_queue(job: Queued) -> None:
 
 
 def _follow_job(run_dir: Path, submission: Submission) -> None:
-    def is_over() -> bool:
-        job = look(run_dir, submission)
-        return job is None or job.state in ("ended", "held")
+    tail(run_dir / submission.output, lambda: is_over(run_dir, submission))
 
-    tail(run_dir / submission.output, is_over)
+
+def _exit_code(run_dir: Path, submission: Submission) -> int:
+    end = read_end(run_dir)
+    if end is None:
+        sys.stderr.write(f"{run_dir}: job {submission.job_id} has not said how it ended: cancelled or held (halfstep status {run_dir})\n")
+    return end.code if end else CRASH
