@@ -1,5 +1,6 @@
 """Where ranks and jobs write what they say, and how it is shown."""
 
+import codecs
 import os
 import sys
 import time
@@ -24,17 +25,20 @@ def show_log(run_dir: Path, *, rank: int | None, lines: int, follow: bool) -> in
     """Write the end of a run's log to stdout: a rank's, or what its job or its rank 0 has said.
 
     follow: go on until the run has ended. Raises: ValueError listing the logs there are."""
-    from launch.queued import is_running
+    from launch.queued import is_over, is_running, look
 
-    path = log_path(run_dir, rank)
-    content = path.read_bytes()
-    start = 0
-    for _ in range(content.count(b"\n") - lines):
-        start = content.index(b"\n", start) + 1
-    sys.stdout.write(content[start:].decode(errors="replace"))
+    jobs = submissions(run_dir) if follow and rank is None else []
+    own = look(run_dir, jobs[-1]) if jobs else None
+    to_come = own if own and own.state in ("queued", "running") else None  # not an older job's output is to be followed
+    path = run_dir / to_come.submission.output if to_come else log_path(run_dir, rank)
+    if to_come and not path.exists():
+        why = f" ({to_come.why})" if to_come.why else ""
+        sys.stderr.write(f"job {to_come.submission.job_id} is {to_come.state}{why}; its output comes here\n")
+    content = path.read_bytes() if path.exists() else b""
+    sys.stdout.write(b"".join(content.splitlines(keepends=True)[-lines:]).decode(errors="replace"))
     sys.stdout.flush()
     if follow:
-        tail(path, lambda: not is_running(run_dir), position=len(content))
+        tail(path, lambda: is_over(run_dir, own.submission) if own else not is_running(run_dir), position=len(content))
     return 0
 
 
@@ -46,6 +50,11 @@ def log_path(run_dir: Path, rank: int | None) -> Path:
     wanted = [run_dir / "logs" / f"rank_{rank or 0}.log"] if rank is not None or not jobs else jobs
     found = next((path for path in wanted if path.exists()), None)
     if found is None:
+        from launch.queued import folders
+
+        below = [str(folder) for folder in folders(run_dir) if submissions(folder) or (folder / "logs").exists()]
+        if below and str(run_dir) not in below:
+            raise ValueError(f"{run_dir}: its runs have logs of their own; give one of {', '.join(below)}")
         there = sorted(path.name for path in (run_dir / "logs").glob("rank_*.log"))
         raise ValueError(f"{wanted[0]}: no such log yet; {run_dir / 'logs'} has {', '.join(there) or 'none'} (halfstep status {run_dir})")
     return found
@@ -54,6 +63,7 @@ def log_path(run_dir: Path, rank: int | None) -> Path:
 def tail(path: Path, is_over: Callable[[], bool], *, position: int = 0) -> None:
     """Write a growing file to stdout, from a position on, until it is over and nothing more comes."""
     over_since = None
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be half written
     while True:
         over = is_over()
         if path.exists():
@@ -61,7 +71,7 @@ def tail(path: Path, is_over: Callable[[], bool], *, position: int = 0) -> None:
                 file.seek(position)
                 text = file.read()
             position += len(text)
-            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.write(decoder.decode(text))
             sys.stdout.flush()
             if text:
                 continue
