@@ -41,7 +41,7 @@ JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 KillWait=10
 InactiveLimit=0
-SlurmdTimeout=15
+SlurmdTimeout={node_timeout_seconds}
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1{user_signal}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -79,6 +79,8 @@ class Slurm:
     hosts: list[Host]
     controller: str = "127.0.0.1"
     grace_seconds: int = 25
+    node_timeout_seconds: int = 15
+    """After which a node that does not answer is lost."""
     user_signal: bool = False
     """Whether preemption sends the job's own --signal instead of TERM (preempt_send_user_signal)."""
     port: int = 0
@@ -183,6 +185,7 @@ class Slurm:
             port=self.port,
             nodes=nodes,
             grace_seconds=self.grace_seconds,
+            node_timeout_seconds=self.node_timeout_seconds,
             user_signal=",preempt_send_user_signal" if self.user_signal else "",
         )
 
