@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ from typing import Literal
 from data_shards.files import json_text, read_json_object
 from launch.queued import Queued, alive
 from launch.run_lock import is_locked
-from launch.submitted import submissions
+from launch.submitted import Submission, submissions
 from launch.sweep import is_sweep, sweep_runs
 from trainer.chain import read_chain
 from trainer.config_io import load_recipe
@@ -47,27 +47,32 @@ def print_status(path: Path, *, as_json: bool) -> int:
     """Write the state of a run, or of each stage of a chain or each run of a sweep, to stdout.
 
     Raises: ValueError if `path` is none of these."""
-    statuses = statuses_of(path)
+    queue = _queue(path)
+    statuses = _statuses(path, queue)
     if as_json:
-        overall = asdict(_overall(path, statuses) if (path / "chain.json").exists() else statuses[0])
-        several = {"stages": [asdict(status) for status in statuses]} if len(statuses) > 1 else {}
-        sys.stdout.write(json_text({**overall, **several}))
+        has_parts = is_sweep(path) or (path / "chain.json").exists()
+        overall = asdict(_overall(path, statuses, queue.get(path)) if has_parts else statuses[0])
+        parts = {"stages": [asdict(status) for status in statuses]} if len(statuses) > 1 else {}
+        sys.stdout.write(json_text({**overall, **parts}))
     else:
         for status in statuses:
             sys.stdout.write(_line(status) + "\n")
     return 0
 
 
-def statuses_of(path: Path) -> list[Status]:
+def _statuses(path: Path, queue: Mapping[Path, Queued]) -> list[Status]:
     """A status for a run, for each stage that a chain trains, or for each run of a sweep."""
-    queue = _queue(path)
     if is_sweep(path):
         return [run_status(run_dir, ended=None, job=queue.get(run_dir)) for run_dir in sweep_runs(path)]
     if not (path / "chain.json").exists():
         return [run_status(path, ended=None, job=queue.get(path))]
     ended = _ended(path) or ""
     stages = [stage.run_dir for stage in read_chain(path) if stage.trained_here]
-    return [run_status(stage, ended=_ended(stage) or ended, job=queue.get(stage)) for stage in stages]
+    at = next((stage for stage in stages if not is_done(stage)), None)  # a job of the whole chain is at this one
+    return [
+        run_status(stage, ended=_ended(stage) or ended, job=queue.get(stage) or (queue.get(path) if stage == at else None))
+        for stage in stages
+    ]
 
 
 def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -> Status:
@@ -98,7 +103,7 @@ def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -
         last_end=last_end,
         what_follows=f"{end['decision']}: {end['why']}" if end else None,
         nodes=tuple(map(str, hosts)) if isinstance(hosts := attempt.get("hosts"), list) else (),
-        job_ids=tuple(dict.fromkeys(submission.job_id for submission in submissions(run_dir))),
+        job_ids=_job_ids([*submissions(run_dir), *([job.submission] if job else [])]),
         why_it_waits=job.why or None if job and job.state in ("queued", "held") else None,
     )
 
@@ -136,10 +141,11 @@ def _state(run_dir: Path, *, step: int, total: int, last_end: str | None, job: Q
     return "stopped" if last_end is None or last_end.startswith("75") else "failed"
 
 
-def _overall(path: Path, statuses: list[Status]) -> Status:
-    """A chain's own line: the stage it is at, steps added up."""
-    current = next((status for status in statuses if status.state != "done"), statuses[-1])
-    job = _queue(path).get(path)
+def _overall(path: Path, statuses: list[Status], job: Queued | None) -> Status:
+    """A chain's own line: the stage it is at, steps added up; of a sweep a run that runs, or else the first that is not done."""
+    order = ("running", "queued", "held") if is_sweep(path) else ()
+    first = [status for state in order for status in statuses if status.state == state]
+    current = next((status for status in (*first, *statuses) if status.state != "done"), statuses[-1])
     state: State = job.state if job and job.state != "ended" else "running" if is_locked(path) else current.state
     own = [submission.job_id for submission in submissions(path)]
     return replace(
@@ -151,6 +157,10 @@ def _overall(path: Path, statuses: list[Status]) -> Status:
         attempts=max(status.attempts for status in statuses),
         job_ids=tuple(dict.fromkeys([*own, *(job_id for status in statuses for job_id in status.job_ids)])),
     )
+
+
+def _job_ids(jobs: Sequence[Submission]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(job.job_id for job in jobs))
 
 
 def _line(status: Status) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.status import print_status, run_status
+from launch.submitted import Submission, record_submission
+from launch.sweep import write_sweep
+from tests.launch.slurm_on_path import SlurmOnPath
 
 
 @pytest.fixture
@@ -70,3 +73,188 @@ def test_json_names_what_others_rely_on(run_dir: Path, capsys: pytest.CaptureFix
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no recipe\.yaml there"):
         print_status(tmp_path, as_json=False)
+
+
+def queue(run_dir: Path, *job_ids: str) -> None:
+    for job_id in job_ids:
+        record_submission(run_dir, Submission("slurm", job_id, f"job/slurm-{job_id}.out"))
+
+
+def finish(run_dir: Path, steps: int) -> None:
+    """A run that has taken all its steps and written its export."""
+    for manifest in (run_dir / "checkpoints" / f"step_{steps:06d}" / "manifest.json", run_dir / "export" / "model_index.json"):
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+
+
+def new_run(run_dir: Path, steps: int) -> Path:
+    run_dir.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(f"data: {{shards: x}}\ntrain: {{steps: {steps}}}\n")
+    return run_dir
+
+
+def as_json(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    print_status(path, as_json=True)
+    return json.loads(capsys.readouterr().out)
+
+
+def as_lines(path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    print_status(path, as_json=False)
+    return capsys.readouterr().out.replace(f"{path}", "PATH").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("job", "line"),
+    [
+        ("pending", "PATH: queued, step 4/10, loss 0.5000, 100 images/s, 2 attempts, job 18 (Resources), last end: 75 asked to stop"),
+        (
+            "requeued in held state",
+            "PATH: held, step 4/10, loss 0.5000, 100 images/s, 2 attempts, job 18 (job_requeued_in_held_state), last end: 75 asked to stop",
+        ),
+        ("running", "PATH: running, step 4/10, loss 0.5000, 100 images/s, about 0.2 minutes left, 2 attempts, on n1 n2, job 18"),
+        ("completed", "PATH: stopped, step 4/10, loss 0.5000, 100 images/s, 2 attempts, job 18, last end: 75 asked to stop"),
+        (None, "PATH: stopped, step 4/10, loss 0.5000, 100 images/s, 2 attempts, job 18, last end: 75 asked to stop"),
+    ],
+)
+def test_a_queued_run_says_where_its_job_is(
+    job: str | None, line: str, run_dir: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue(run_dir, "17", "18")
+    (run_dir / "attempts.jsonl").write_text('{}\n{"hosts": ["n1", "n2"]}\n')
+    if job:
+        slurm.job_is("18", job)
+    else:
+        slurm.does_not_know("18")
+    assert as_lines(run_dir, capsys) == [line]
+
+
+def test_json_of_a_queued_run(run_dir: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    queue(run_dir, "17", "18", "18")
+    slurm.job_is("18", "dependency")
+    end = {"decision": "again", "why": "asked to stop; goes on from step 4"}
+    (run_dir / "job" / "ends.jsonl").write_text(json.dumps(end) + "\n")
+    fields = as_json(run_dir, capsys)
+    assert (fields["state"], fields["step"], fields["attempts"]) == ("queued", 4, 2)
+    assert fields["job_ids"] == ["17", "18"] and fields["why_it_waits"] == "Dependency"
+    assert fields["what_follows"] == "again: asked to stop; goes on from step 4" and "stages" not in fields
+
+
+def test_a_run_that_is_done_is_done_whatever_its_job_does(run_dir: Path, slurm: SlurmOnPath) -> None:
+    finish(run_dir, 10)
+    queue(run_dir, "17")
+    slurm.job_is("17", "completing")
+    assert run_status(run_dir, ended=None).state == "done"
+
+
+@pytest.mark.parametrize("has_slurm", [True, False])
+def test_a_queue_that_does_not_answer_is_a_warning_and_the_folder_speaks(
+    has_slurm: bool, run_dir: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(run_dir, "17")
+    slurm.is_dead("17")
+    if not has_slurm:
+        monkeypatch.setenv("PATH", "/nowhere")
+    assert print_status(run_dir, as_json=True) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["state"] == "stopped"
+    why = (
+        "Unable to contact slurm controller (connect failure)"
+        if has_slurm
+        else "Slurm's commands are not on this machine (halfstep doctor)"
+    )
+    assert shown.err.startswith("warning: scontrol") and shown.err.endswith(f"{why}; what follows is what the folder says\n")
+    assert shown.err.count("warning") == 1
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three runs of 10 steps: one is done, one runs and one waits."""
+    runs = [new_run(tmp_path / "sweep" / name, 10) for name in ("000_seed=1", "001_seed=2", "002_seed=3")]
+    write_sweep(tmp_path / "sweep", runs)
+    finish(runs[0], 10)
+    for element, run in enumerate(runs):
+        queue(run, f"17_{element}")
+    return tmp_path / "sweep"
+
+
+def test_a_sweep_has_a_line_a_run(sweep: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.does_not_know("17_0")
+    slurm.job_is("17_1", "element running")
+    slurm.job_is("17_2", "element of a waiting array")
+    assert as_lines(sweep, capsys) == [
+        "PATH/000_seed=1: done, step 10/10, job 17_0",
+        "PATH/001_seed=2: running, step 0/10, job 17_1",
+        "PATH/002_seed=3: queued, step 0/10, job 17_2 (Priority)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "state"),
+    [("element running", "element pending", "running"), ("failed", "element pending", "queued"), ("failed", "failed", "failed")],
+)
+def test_a_sweep_as_a_whole_is_what_goes_on_in_it(
+    second: str, third: str, state: str, sweep: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.does_not_know("17_0")
+    slurm.job_is("17_1", second)
+    slurm.job_is("17_2", third)
+    for run in (sweep / "001_seed=2", sweep / "002_seed=3"):
+        (run / "exit.json").write_text('{"code": 66, "reason": "loss is nan"}')
+    fields = as_json(sweep, capsys)
+    assert (fields["run_dir"], fields["state"], fields["step"], fields["total_steps"]) == (str(sweep), state, 10, 30)
+    assert fields["job_ids"] == ["17_0", "17_1", "17_2"]
+    stages = fields["stages"]
+    assert isinstance(stages, list) and [stage["run_dir"] for stage in stages] == [str(path) for path in sorted(sweep.glob("0*"))]
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    """A chain of three stages, the first of which is done."""
+    folder = new_run(tmp_path / "chain", 10)
+    names = ("stage_00", "stage_01", "stage_02")
+    stages = [{"name": name, "steps": 2**number, "run_dir": name} for number, name in enumerate(names)]
+    (folder / "chain.json").write_text(json.dumps({"schema_version": 1, "stages": stages}))
+    for name in names:
+        new_run(folder / name, 10)
+    finish(folder / "stage_00", 10)
+    return folder
+
+
+@pytest.mark.parametrize(("job", "state"), [("running", "running"), ("pending", "queued"), ("requeued in held state", "held")])
+def test_the_one_job_of_a_chain_is_at_its_first_stage_that_is_not_done(
+    job: str, state: str, chain: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue(chain, "17")
+    slurm.job_is("17", job)
+    (chain / "stage_01" / "attempts.jsonl").write_text("{}\n")
+    lines = [line.partition(" (")[0] for line in as_lines(chain, capsys)]
+    assert lines == [
+        "PATH/stage_00: done, step 10/10",
+        f"PATH/stage_01: {state}, step 0/10, job 17",
+        "PATH/stage_02: waiting, step 0/10",
+    ]
+    fields = as_json(chain, capsys)
+    assert (fields["run_dir"], fields["state"], fields["step"], fields["job_ids"]) == (str(chain), state, 10, ["17"])
+
+
+def test_a_chain_of_stage_jobs_says_what_each_waits_for(chain: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, state in enumerate(("completed", "running", "dependency")):
+        queue(chain / f"stage_0{number}", f"{17 + number}")
+        slurm.job_is(f"{17 + number}", state)
+    assert as_lines(chain, capsys) == [
+        "PATH/stage_00: done, step 10/10, job 17",
+        "PATH/stage_01: running, step 0/10, job 18",
+        "PATH/stage_02: queued, step 0/10, job 19 (Dependency)",
+    ]
+    fields = as_json(chain, capsys)
+    assert (fields["state"], fields["step"], fields["total_steps"], fields["job_ids"]) == ("running", 10, 30, ["17", "18", "19"])
+
+
+def test_a_chain_asks_a_dead_queue_once(chain: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real scontrol takes 18 s to say that nobody answers."""
+    queue(chain, "17")
+    slurm.is_dead("17")
+    print_status(chain, as_json=True)
+    shown = capsys.readouterr()
+    assert shown.err.count("warning") == 1 and json.loads(shown.out)["state"] == "waiting"
+    assert len((slurm.folder / "calls").read_text().splitlines()) == 1
