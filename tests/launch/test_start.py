@@ -1,6 +1,9 @@
 """From the command line to a job: what is refused before anything starts, and what the ranks are told."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from data_shards.pack import pack
 from launch import __main__ as command_line
 from launch import start
 from launch.job import Job
-from launch.start import How, check_engine, start_train
+from launch.start import How, check_engine, start_distill, start_sweep, start_train
+from launch.submitted import Submission, record_submission, submissions
+from tests.launch.slurm_on_path import SlurmOnPath
 from trainer.config import EngineConfig, RunConfig
 from trainer.exit_codes import DONE
 
@@ -122,3 +127,178 @@ def run(command: Callable[[], None]) -> None:
     with pytest.raises(typer.Exit) as ended:
         command()
     assert ended.value.exit_code == DONE
+
+
+SLURM = "kind: slurm\nnodes: 2\nranks_per_node: 2\n"
+HOW = How(Path("run"), cluster="cluster.yaml")
+
+
+@pytest.fixture
+def site(slurm: SlurmOnPath, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmOnPath:
+    """A folder with recipes and a cluster file of two nodes of two ranks, whose sbatch gives the numbers 17, 18, 19."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(f"data: {{shards: {shards}, global_batch_size: 16, micro_batch_size: 4}}\ntrain: {{steps: 2}}\n")
+    Path("chain.yaml").write_text(Path("recipe.yaml").read_text() + "distill: {start_steps: 4, end_steps: 2, updates: 10}\n")
+    Path("cluster.yaml").write_text(SLURM)
+    for job_id in ("17", "18", "19"):
+        slurm.says("sbatch", f"{job_id}\n")
+    return slurm
+
+
+def finish(run_dir: Path, steps: int) -> None:
+    for manifest in (run_dir / "checkpoints" / f"step_{steps:06d}" / "manifest.json", run_dir / "export" / "model_index.json"):
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.touch()
+
+
+def test_ranks_are_a_matter_of_the_cluster_file_where_there_is_one(site: SlurmOnPath) -> None:
+    with pytest.raises(ValueError) as caught:
+        start_train("recipe.yaml", [], replace(HOW, ranks=4))
+    assert str(caught.value) == (
+        "--ranks 4: is for runs on this machine; set cluster.nodes and cluster.ranks_per_node, or leave --cluster cluster.yaml out"
+    )
+    assert site.calls == [] and not Path("run").exists()
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_anything_is_queued(site: SlurmOnPath) -> None:
+    with pytest.raises(ValueError, match=r"^6 ranks cannot divide 4 micro-batches .*\(or cluster\.nodes x .*\) a divisor of 4"):
+        start_train("recipe.yaml", ["cluster.nodes=3"], HOW)
+    assert site.calls == [] and not Path("run").exists()
+
+
+def test_here_is_for_slurm_alone(jobs: list[Job]) -> None:
+    with pytest.raises(ValueError, match=r"^--here runs on the nodes of a Slurm job, and --cluster local is of kind local; give slurm's$"):
+        start_train("recipe.yaml", [], How(Path("run"), here=True))
+    assert jobs == []
+
+
+def test_a_run_is_queued_once_and_its_job_written_down(site: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start_train("recipe.yaml", [], HOW) == DONE
+    script = Path("run/job/train.sbatch").resolve()
+    assert site.calls == [f"sbatch --parsable {script}"]
+    [job] = submissions(Path("run"))
+    assert (job.launcher, job.job_id, job.output) == ("slurm", "17", "job/slurm-17.out")
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [
+        f"queued as job 17: {script.parents[1]}",
+        "  halfstep status run      halfstep logs run --follow      halfstep stop run",
+    ]
+    assert Path("run/recipe.yaml").exists() and "kind: slurm" in Path("run/cluster.yaml").read_text()
+
+
+@pytest.mark.parametrize("state", ["pending", "running"])
+def test_the_same_command_on_a_queued_run_submits_nothing(state: str, site: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    start_train("recipe.yaml", [], HOW)
+    site.job_is("17", state)
+    capsys.readouterr()
+    assert start_train("recipe.yaml", [], HOW) == DONE
+    assert "nothing is submitted" in capsys.readouterr().err
+    assert len(site.calls) == 1 and len(submissions(Path("run"))) == 1
+
+
+def test_a_run_whose_job_is_over_is_queued_again(site: SlurmOnPath) -> None:
+    start_train("recipe.yaml", [], HOW)
+    site.job_is("17", "failed")
+    assert start_train("recipe.yaml", [], HOW) == DONE
+    assert [job.job_id for job in submissions(Path("run"))] == ["17", "18"]
+
+
+def test_a_run_that_is_done_is_not_queued_again(site: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    start_train("recipe.yaml", [], HOW)
+    site.job_is("17", "completed")
+    finish(Path("run"), 2)
+    assert start_train("recipe.yaml", [], HOW) == DONE
+    assert capsys.readouterr().err.endswith("run: is done; nothing is submitted\n")
+    assert len(site.calls) == 1 and len(submissions(Path("run"))) == 1
+
+
+def test_a_queue_that_does_not_answer_never_gets_a_second_job(site: SlurmOnPath) -> None:
+    start_train("recipe.yaml", [], HOW)
+    site.is_dead("17")
+    with pytest.raises(RuntimeError, match="Unable to contact slurm controller"):
+        start_train("recipe.yaml", [], HOW)
+    assert len(site.calls) == 1
+
+
+def test_a_job_that_sbatch_refuses_is_not_written_down(slurm: SlurmOnPath, site: SlurmOnPath) -> None:
+    script = Path("run/job/train.sbatch").resolve()
+    slurm.says(f"sbatch --parsable {script}", err="sbatch: error: invalid partition specified: nope\n", code=1)
+    with pytest.raises(RuntimeError, match=r"sbatch: error: invalid partition specified: nope$"):
+        start_train("recipe.yaml", [], HOW)
+    assert submissions(Path("run")) == []
+
+
+def test_dependent_jobs_of_a_chain_wait_for_one_another(site: SlurmOnPath) -> None:
+    assert start_distill("chain.yaml", ["cluster.chain=dependent_jobs"], HOW) == DONE
+    run = Path("run").resolve()
+    assert site.calls == [
+        f"sbatch --parsable {run}/stage_00_1000_steps/job/train.sbatch",
+        f"sbatch --parsable --dependency=afterok:17 --kill-on-invalid-dep=yes {run}/stage_01_0002_steps/job/train.sbatch",
+    ]
+    stages = [run / "stage_00_1000_steps", run / "stage_01_0002_steps"]
+    assert [[job.job_id for job in submissions(stage)] for stage in (run, *stages)] == [[], ["17"], ["18"]]
+    assert all((stage / "cluster.yaml").exists() for stage in stages)
+
+
+def test_of_a_chain_only_what_is_not_done_is_queued_and_then_waits_for_nothing(site: SlurmOnPath) -> None:
+    start_distill("chain.yaml", ["cluster.chain=dependent_jobs"], HOW)
+    site.job_is("17", "completed")
+    site.job_is("18", "cancelled before it ran")
+    finish(Path("run/stage_00_1000_steps"), 2)
+    assert start_distill("chain.yaml", ["cluster.chain=dependent_jobs"], HOW) == DONE
+    assert site.calls[2:] == [f"sbatch --parsable {Path('run').resolve()}/stage_01_0002_steps/job/train.sbatch"]
+
+
+def test_a_sweep_is_one_array_of_what_is_not_done(site: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = replace(HOW, sweep=["seed=1,2,3"])
+    assert start_sweep("recipe.yaml", [], seeds) == DONE
+    runs = [Path("run") / f"00{number}_seed={number + 1}" for number in range(3)]
+    jobs = [submissions(run)[-1] for run in runs]
+    assert [(job.job_id, job.output) for job in jobs] == [(f"17_{n}", f"../job/slurm-17_{n}.out") for n in range(3)]
+    for job_id in ("17_0", "17_1", "17_2"):
+        site.does_not_know(job_id)
+    finish(runs[1], 2)
+    assert start_sweep("recipe.yaml", [], seeds) == DONE
+    assert "#SBATCH --array=0,2\n" in Path("run/job/train.sbatch").read_text()
+    assert [submissions(run)[-1].job_id for run in runs] == ["18_0", "17_1", "18_2"]
+    for job_id in ("18_0", "18_2"):
+        site.does_not_know(job_id)
+    finish(runs[0], 2)
+    finish(runs[2], 2)
+    capsys.readouterr()
+    assert start_sweep("recipe.yaml", [], seeds) == DONE
+    assert capsys.readouterr().err.endswith("run: every run of the sweep is done\n") and len(site.calls) == 2
+
+
+def test_a_sweeps_folder_and_a_runs_are_kept_apart(site: SlurmOnPath) -> None:
+    start_sweep("recipe.yaml", [], replace(HOW, sweep=["seed=1,2"]))
+    with pytest.raises(ValueError, match=r"^run: holds a sweep; go on with the same --sweep, or give another --run-dir$"):
+        start_train("recipe.yaml", [], HOW)
+    with pytest.raises(ValueError, match=r"^run: holds a sweep; give another --run-dir$"):
+        start_distill("chain.yaml", [], HOW)
+    start_train("recipe.yaml", [], replace(HOW, run_dir=Path("single")))
+    with pytest.raises(ValueError, match=r"^single: holds a run; give --sweep another --run-dir$"):
+        start_sweep("recipe.yaml", [], replace(HOW, run_dir=Path("single"), sweep=["seed=1,2"]))
+    assert len(site.calls) == 2
+
+
+def test_ranks_of_several_machines_that_share_a_shard_are_warned(site: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    start_train("recipe.yaml", [], HOW)
+    assert capsys.readouterr().err.startswith("warning: 4 ranks share 1 shard of ")
+    start_train("recipe.yaml", ["cluster.nodes=1", "cluster.ranks_per_node=1"], replace(HOW, run_dir=Path("one")))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_ranks_of_this_machine_that_share_a_shard_are_not(jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    start_train("recipe.yaml", ["data.global_batch_size=16", "data.micro_batch_size=4"], How(Path("run"), ranks=4))
+    assert len(jobs) == 1 and capsys.readouterr().err == ""
+
+
+def test_the_command_on_a_queued_run_ends_with_0(site: SlurmOnPath, tmp_path: Path) -> None:
+    Path("run").mkdir()
+    record_submission(Path("run"), Submission("slurm", "17", "job/slurm-17.out"))
+    site.job_is("17", "pending")
+    words = [sys.executable, "-m", "launch", "train", "recipe.yaml", "--cluster", "cluster.yaml", "--run-dir", "run"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "run: job 17 is queued (Resources) already; nothing is submitted\n")
+    assert site.calls == []
