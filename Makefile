@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines test-all lint setup clean
+.PHONY: help demo test test-engines test-cluster test-all lint setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,14 +20,17 @@ help: ## show this list
 demo: $(CORE) ## faces, shards, teacher, halvings, samples, report: 10 to 20 minutes on 2 cores
 	$(BIN)/halfstep demo
 
-test: $(DEV) ## the tests, with a sample of the engines and of the moments to kill at
-	$(BIN)/python -m pytest -m "not engines and not all_kills"
+test: $(DEV) ## the tests, with a sample of the engines, of the moments to kill at and of the clusters
+	$(BIN)/python -m pytest -m "not engines and not all_kills and not cluster"
 
 test-engines: $(DEV) ## every objective, engine and number of ranks; goes on where it was interrupted
 	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample"
 
-test-all: test ## all of it, every engine and every kill; what follows make test goes on where it was interrupted
-	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or all_kills"
+test-cluster: $(DEV) ## everything on a real Slurm and a real Ray; goes on where it was interrupted
+	$(BIN)/python -m pytest -p tests.resumable tests/cluster
+
+test-all: test ## all of it, every engine, kill and cluster; what follows make test goes on where it was interrupted
+	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or all_kills or cluster"
 
 lint: $(DEV) ## ruff format, ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
