@@ -70,13 +70,13 @@ def _drive(job: Job, cluster: RayCluster, address: str | None, *, name: str | No
     with connected(address, cluster), _StopOnSignal(job.path):
         import ray
 
-        job_id = f"ray {name or ray.get_runtime_context().get_job_id()}"
+        job_id = name or ray.get_runtime_context().get_job_id()
         first = True
         while True:
             restarts = Restarts.begin(job.path, limit=cluster.max_restarts, first=first)
-            end, placed = _attempt(job, cluster, wait_seconds=wait_seconds)
+            end, placed = _attempt(job, cluster, job_id, wait_seconds=wait_seconds)
             decision, why = restarts.decide(end) if placed else ("stop", end.reason)
-            log_end(job.path, end, decision, why, job_id=job_id)
+            log_end(job.path, end, decision, why, job_id=f"ray {job_id}")
             if decision != "again":
                 sys.stderr.write(f"halfstep: exit code {end.code}: {why}\n")
                 return end.code
@@ -84,30 +84,36 @@ def _drive(job: Job, cluster: RayCluster, address: str | None, *, name: str | No
             first = False
 
 
-def _attempt(job: Job, cluster: RayCluster, *, wait_seconds: float) -> tuple[End, bool]:
+def _attempt(job: Job, cluster: RayCluster, job_id: str, *, wait_seconds: float) -> tuple[End, bool]:
     """One group of Ray workers from start to end: how it ended, and whether it ever had its machines."""
-    from launch.ray_nodes import NoMachines, find_nodes
+    from launch.ray_nodes import NoMachines, draining, find_nodes
 
     previous = take_end(job.path)
     job = replace(job, options={**job.options, "previous_end": str(previous) if previous else None})
-    refusal = job.path / "job" / f"refused_{uuid.uuid4().hex[:8]}"
     try:
         nodes = find_nodes(cluster, limit_seconds=wait_seconds, is_stopped=lambda: is_stop_requested(job.path))
     except NoMachines as error:
-        end, placed = End(PEER_LOST, str(error)), False
-    else:
-        placed = nodes is not None
-        end = _train(job, cluster, nodes, refusal) if nodes else End(CALL_AGAIN, "asked to stop while it waited for machines")
+        return _recorded(job.path, End(PEER_LOST, str(error))), False
+    if nodes is None:
+        return _recorded(job.path, End(CALL_AGAIN, "asked to stop while it waited for machines")), False
+    refusal = job.path / "job" / f"refused_{uuid.uuid4().hex[:8]}"
+    end = _train(job, cluster, nodes, job_id, refusal)
     if refusal.exists():
         reason = refusal.read_text(encoding="utf-8").strip()
         refusal.unlink()
-        return End(PEER_LOST, f"refused: {reason}"), placed
+        return End(PEER_LOST, f"refused: {reason}"), True  # exit.json is the other job's
     end = read_end(job.path) or end
-    record_end(job.path, end)
-    return end, placed
+    if end.code == CALL_AGAIN and draining() & set(nodes):
+        end = replace(end, reason="a node of the run is being taken away (ray drain-node); its ranks committed a checkpoint")
+    return _recorded(job.path, end), True
 
 
-def _train(job: Job, cluster: RayCluster, nodes: list[str], refusal: Path) -> End:
+def _recorded(run_dir: Path, end: End) -> End:
+    record_end(run_dir, end)
+    return end
+
+
+def _train(job: Job, cluster: RayCluster, nodes: list[str], job_id: str, refusal: Path) -> End:
     """Ray Train on these nodes; how it ended, as far as Ray knows."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -120,7 +126,7 @@ def _train(job: Job, cluster: RayCluster, nodes: list[str], refusal: Path) -> En
     places = [{"ray.io/node-id": node} for node in nodes for _ in range(cluster.ranks_per_node)]
     trainer = TorchTrainer(
         run_rank,
-        train_loop_config={"attempt": Attempt(job, cluster, refusal, umask=_umask())},
+        train_loop_config={"attempt": Attempt(job, cluster, job_id, refusal, umask=_umask())},
         # No TorchConfig: that would import torch in every worker, whose rank is a process of its own.
         torch_config=cast("TorchConfig", Meeting(cluster)),
         scaling_config=ScalingConfig(

@@ -45,6 +45,7 @@ class Attempt:
 
     job: Job
     cluster: RayCluster
+    job_id: str
     refusal: Path
     """Where rank 0 says that it was not allowed to begin."""
     umask: int
@@ -129,6 +130,7 @@ def _start(attempt: Attempt, place: Place) -> subprocess.Popen[bytes]:
     cluster, run_dir = attempt.cluster, attempt.job.path
     interface = cluster.network_interface or interface_of(address_towards(place.master_address))
     environment = rank_environment(_inherited(cluster), place, cluster, launcher="ray", interface=interface)
+    environment["HALFSTEP_JOB_ID"] = attempt.job_id
     if place.rank == 0:
         environment["HALFSTEP_REFUSAL"] = str(attempt.refusal)
     seen = run_dir.is_dir()  # where it is not, the ranks find out together

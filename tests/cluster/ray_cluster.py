@@ -30,12 +30,6 @@ class RayNode:
     address: str
     process: subprocess.Popen[bytes]
 
-    def lose(self) -> None:
-        """As when a machine loses its power: all of its processes are gone at once."""
-        for pid in [self.process.pid, *descendants(self.process.pid)]:
-            _kill(pid)
-        self.process.wait(_END_SECONDS)
-
     def end(self) -> None:
         """Shut it down in an orderly way."""
         family = descendants(self.process.pid)
@@ -89,6 +83,18 @@ class RayPool:
         words += ["--reason-message=reclaimed", f"--deadline-remaining-seconds={seconds:.0f}"]
         done = subprocess.run(_ray(*words), env=self.environment, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr + done.stdout
+
+    def lose(self, node: RayNode) -> None:
+        """As when a machine loses its power: all of its processes are gone at once."""
+        self.nodes.remove(node)
+        for pid in [node.process.pid, *descendants(node.process.pid)]:
+            _kill(pid)
+        node.process.wait(_END_SECONDS)
+
+    def remove(self, node: RayNode) -> None:
+        """Shut a machine down in an orderly way."""
+        self.nodes.remove(node)
+        node.end()
 
     def ask(self, expression: str) -> str:
         """The value of an expression in a driver of this cluster."""
