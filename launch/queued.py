@@ -15,6 +15,7 @@ from launch.submitted import Submission, submissions
 from launch.sweep import is_sweep, sweep_runs
 from trainer.chain import read_chain
 from trainer.exit_codes import CRASH, DONE
+from trainer.lease import may_be_held
 from trainer.stop import request_stop
 
 _LOOK_SECONDS = 1.0
@@ -117,11 +118,16 @@ def stop(path: Path, *, wait: bool) -> int:
         job = jobs.get(folder)
         if job and job.state in ("queued", "held"):
             _leave_queue(job)
-        elif job or is_locked(folder) or (folder / "lease.json").exists():
+        elif job or is_locked(folder) or may_be_held(folder):
             request_stop(folder)
             running.append(folder)
     if not running:
-        sys.stderr.write(f"{path}: {'nothing of it was running' if jobs else 'is not running'}\n")
+        chain = (
+            f"; a stage of a chain that runs as one is stopped by halfstep stop {path.parent}"
+            if (path.parent / "chain.json").exists()
+            else ""
+        )
+        sys.stderr.write(f"{path}: {'nothing of it was running' if jobs else 'is not running'}{chain}\n")
         return DONE
     sys.stderr.write(f"{', '.join(map(str, running))}: told to commit a checkpoint and end; the same command goes on from there\n")
     while wait and is_running(path):

@@ -91,6 +91,15 @@ class Lease:
         os.close(self._descriptor)
 
 
+def may_be_held(run_dir: Path) -> bool:
+    """Whether a job may hold the run: there is a lease, and its job is not known to be dead. Raises: OSError."""
+    found = _content(run_dir / _NAME)
+    record = _record(found) if found is not None else None
+    if record is None:
+        return found is not None
+    return record.pid_space != _pid_space() or start_ticks(record.pid) == record.started
+
+
 def start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks after the boot; None if it does not exist or is dead and only not yet reaped."""
     try:

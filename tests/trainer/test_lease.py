@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.lease import Lease, start_ticks
+from trainer.lease import Lease, may_be_held, start_ticks
 
 _RENEW_SECONDS = 0.04
 
@@ -48,6 +48,19 @@ def test_a_dead_job_on_this_host_is_succeeded_at_once(tmp_path: Path) -> None:
     code = "from pathlib import Path; import sys; from trainer.lease import Lease; Lease.take(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     assert Lease.take(tmp_path, renew_seconds=1000.0).held()
+
+
+def test_what_asks_a_run_to_stop_knows_whether_a_job_may_hold_it(tmp_path: Path) -> None:
+    assert not may_be_held(tmp_path)
+    lease = Lease.take(tmp_path)
+    assert may_be_held(tmp_path)
+    lease.release()
+    _left_by(tmp_path, started=(start_ticks(os.getpid()) or 0) - 1)
+    assert not may_be_held(tmp_path), "its process is gone"
+    (tmp_path / "lease.json").write_text(json.dumps({**_record(tmp_path), "pid_space": "elsewhere"}))
+    assert may_be_held(tmp_path), "who can say what runs elsewhere"
+    (tmp_path / "lease.json").write_text("")
+    assert may_be_held(tmp_path), "it is just being written"
 
 
 def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) -> None:
