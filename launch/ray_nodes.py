@@ -1,6 +1,7 @@
 """Machines for a run on Ray: asked for with a placement group, which is what makes a pool grow, and waited for with a limit."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ def find_nodes(cluster: RayCluster, *, limit_seconds: float, is_stopped: Callabl
     A node that is to be taken away is not among them. The nodes are free again on return, for Ray Train to place its workers on.
     Raises: NoMachines saying what was asked for and what there is, if that takes longer than the limit."""
     wanted = {name: amount * cluster.ranks_per_node for name, amount in rank_resources(cluster).items()}
-    deadline, said = time.monotonic() + limit_seconds, time.monotonic()
+    deadline, said, pause = time.monotonic() + limit_seconds, time.monotonic(), threading.Event()
     while not is_stopped():
         # Ray Train's own request has one bundle a rank, which may be spread unevenly; this one has a bundle a node.
         group = placement_group([wanted] * cluster.nodes, strategy="STRICT_SPREAD")
@@ -51,12 +52,21 @@ def find_nodes(cluster: RayCluster, *, limit_seconds: float, is_stopped: Callabl
             nodes = _nodes_of(group)
         finally:
             remove_placement_group(group)
-        if not draining() & set(nodes):
+        if not are_leaving(nodes):
             return nodes
+        if time.monotonic() > deadline:
+            raise NoMachines(_no_machines(cluster, wanted))
+        pause.wait(_LOOK_SECONDS)
     return None
 
 
-def draining() -> set[str]:
+def are_leaving(nodes: list[str]) -> bool:
+    """Whether any of these nodes is to be taken away, or gone: one that is drained leaves as soon as nothing runs on it."""
+    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - _draining()
+    return not staying.issuperset(nodes)
+
+
+def _draining() -> set[str]:
     """Ids of nodes that are to be taken away: by `ray drain-node`, or by a pool whose machines are reclaimed."""
     # Private, and what Ray Train itself asks; there is no public way.
     from ray._private.state import state
@@ -86,7 +96,7 @@ def _described(wanted: dict[str, float]) -> str:
     """The cluster's nodes, with what is free on them of what is wanted."""
     from ray._private.state import available_resources_per_node
 
-    leaving, free = draining(), available_resources_per_node()
+    leaving, free = _draining(), available_resources_per_node()
     living = [node for node in ray.nodes() if node["Alive"]]
     parts = []
     for node in living[:_LISTED]:

@@ -86,7 +86,7 @@ def _drive(job: Job, cluster: RayCluster, address: str | None, *, name: str | No
 
 def _attempt(job: Job, cluster: RayCluster, job_id: str, *, wait_seconds: float) -> tuple[End, bool]:
     """One group of Ray workers from start to end: how it ended, and whether it ever had its machines."""
-    from launch.ray_nodes import NoMachines, draining, find_nodes
+    from launch.ray_nodes import NoMachines, are_leaving, find_nodes
 
     previous = take_end(job.path)
     job = replace(job, options={**job.options, "previous_end": str(previous) if previous else None})
@@ -103,7 +103,7 @@ def _attempt(job: Job, cluster: RayCluster, job_id: str, *, wait_seconds: float)
         refusal.unlink()
         return End(PEER_LOST, f"refused: {reason}"), True  # exit.json is the other job's
     end = read_end(job.path) or end
-    if end.code == CALL_AGAIN and draining() & set(nodes):
+    if end.code == CALL_AGAIN and are_leaving(nodes):
         end = replace(end, reason="a node of the run is being taken away (ray drain-node); its ranks committed a checkpoint")
     return _recorded(job.path, end), True
 
