@@ -24,6 +24,8 @@ from tests.distributed.runs import RECIPE
 from trainer.config import FacesConfig
 
 RANKS = 2
+Clusters = dict[str, tuple[tuple[str, ...], dict[str, str]]]
+"""By name: words of the command line, and the environment that finds the cluster."""
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = pack_faces(FacesConfig(count=96, size=16), folder / "faces")
-        clusters = {"local": (("--ranks", str(RANKS)), dict(os.environ))}
+        clusters: Clusters = {"local": (("--ranks", str(RANKS)), dict(os.environ))}
         slurm = Slurm(folder / "slurm", [Host("n1"), Host("n2")])
         if missing_programs():
             sys.stderr.write(f"no Slurm here: {', '.join(missing_programs())}\n")
@@ -50,7 +52,7 @@ def main() -> None:
                     slurm.stop()
 
 
-def _measure(folder: Path, shards: Path, clusters: Mapping[str, tuple[tuple[str, ...], dict[str, str]]], repeats: int) -> None:
+def _measure(folder: Path, shards: Path, clusters: Clusters, repeats: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in clusters}
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in clusters}
     for repeat in range(repeats):
