@@ -110,9 +110,11 @@ class Slurm:
         deadline = time.monotonic() + _STOP_SECONDS
         while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for pid in pids:
-            if _is_alive(pid):  # slurmctld waits long for a job's last step
-                _kill(pid)
+        # slurmctld waits long for a job's last step; a slurmstepd that is left alone speaks to the next cluster of its port.
+        tasks = [pid for pid in _processes() if pid != os.getpid() and b"SLURM_JOB_ID" in b"".join(self._variables(pid))]
+        steps = {parent for pid in tasks if _words(parent := _parent(pid)).startswith(b"slurmstepd")}
+        for pid in [*(pid for pid in pids if _is_alive(pid)), *steps, *tasks]:
+            _kill(pid)
 
     def start_node(self, name: str) -> None:
         """Start a node's slurmd."""
@@ -123,8 +125,10 @@ class Slurm:
         """A node that dies: its slurmd and every process of its jobs, at once and without a word."""
         slurmd = _pid(self.root / f"run/slurmd-{name}.pid")
         assert slurmd is not None, f"{name} does not run"
-        steps = [pid for pid in _processes() if _belongs_to(pid, name)]
-        for pid in [slurmd, *steps, *(child for step in steps for child in _descendants(step))]:
+        tasks = [pid for pid in _processes() if f"SLURMD_NODENAME={name}".encode() in self._variables(pid)]
+        # slurmstepd first: it would tell the controller how its step has ended, which a dead node does not.
+        steps = {parent for pid in tasks if _words(parent := _parent(pid)).startswith(b"slurmstepd")}
+        for pid in [slurmd, *steps, *tasks]:
             _kill(pid)
         (self.root / f"run/slurmd-{name}.pid").unlink(missing_ok=True)
 
@@ -172,6 +176,14 @@ class Slurm:
                 self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
             assert time.monotonic() < deadline, f"job {job_id} is {facts['JobState']} ({facts['Reason']}), wanted {what}"
             time.sleep(0.1)
+
+    def _variables(self, pid: int) -> list[bytes]:
+        """The environment of a process of one of this cluster's jobs; empty for any other."""
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return []
+        return variables if f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in variables else []
 
     def _config(self) -> str:
         here = socket.gethostname().split(".")[0]
@@ -245,26 +257,12 @@ def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
 
 
-def _belongs_to(pid: int, node: str) -> bool:
-    """Whether a process is a slurmstepd of this node, or a process of one of its steps."""
+def _parent(pid: int) -> int:
+    """Of a process; 0 if it is gone."""
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     except OSError:
-        return False
-    return f"SLURMD_NODENAME={node}".encode() in variables or words.startswith(f"slurmstepd-{node}:".encode())
-
-
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *_descendants(child)]
-    return found
+        return 0
 
 
 def _kill(pid: int) -> None:
