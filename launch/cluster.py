@@ -179,7 +179,7 @@ class RayCluster(_Network):
     wait_for_nodes_minutes: Annotated[float, Positive] = 10.0
     """How long to wait for machines, also after one was lost; a pool that scales by itself needs minutes."""
     python: str | None = None
-    """Interpreter on the nodes, with halfstep installed; null takes the one that runs this command."""
+    """Interpreter on the nodes, with halfstep installed; null takes the one that Ray's workers, or this command, run with."""
     resources_per_rank: dict[str, float] = Field(default_factory=dict)
     """Further Ray resources of a rank, such as "accelerator_type:A100": 0.001."""
 
