@@ -147,7 +147,12 @@ def _leave_queue(job: Queued) -> None:
 
 
 def _follow_job(run_dir: Path, submission: Submission) -> None:
-    tail(run_dir / submission.output, lambda: is_over(run_dir, submission))
+    output = run_dir / submission.output
+    tail(output, lambda: is_over(run_dir, submission))
+    if submission.launcher == "ray" and not output.exists():  # its driver did not start: Ray itself says why
+        from launch.ray_jobs import job_log
+
+        sys.stdout.write(job_log(submission) or "")
 
 
 def _exit_code(run_dir: Path, submission: Submission) -> int:
