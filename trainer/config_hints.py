@@ -144,11 +144,11 @@ def unknown_key(root: type[Section], tree: Plain, path: KeyPath, *, prefix: str 
     *parents, name = (str(part) for part in path)
     section = section_at(root, tree, tuple(parents))
     if kinds := [
-        f"{'.'.join([*parents, 'kind'])}={other.model_fields['kind'].default}"
+        str(other.model_fields["kind"].default)
         for other in (_other_kinds(root, tuple(parents)) if parents else others)
         if name in other.model_fields
     ]:
-        return f"unknown key; it belongs to {prefix if not parents else ''}{' or '.join(kinds)}"
+        return f"unknown key; it belongs to {prefix if not parents else ''}{'.'.join([*parents, 'kind'])}={' or '.join(kinds)}"
     near = _near_key(root, tree, parents, name)
     if near:
         return f"unknown key - did you mean '{prefix}{near}'?"

@@ -162,7 +162,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
     ("text", "overrides", "mistake"),
     [
         ("kind: local\npartition: gpu\n", (), "FILE:2: partition: unknown key; it belongs to kind=slurm"),
-        ("kind: local\nnodes: 2\n", (), "FILE:2: nodes: unknown key; it belongs to kind=slurm or kind=ray"),
+        ("kind: local\nnodes: 2\n", (), "FILE:2: nodes: unknown key; it belongs to kind=slurm or ray"),
         ("kind: slurm\nwait_for_nodes_minutes: 2\n", (), "FILE:2: wait_for_nodes_minutes: unknown key; it belongs to kind=ray"),
         ("", ("partition=gpu",), "command line:1: cluster.partition: unknown key; it belongs to cluster.kind=slurm"),
         ("kind: slurm\npartition: gpu\n", ("kind=ray",), "FILE:2: partition: unknown key; it belongs to kind=slurm"),

@@ -145,7 +145,7 @@ MISTAKES = {
     "a key of another section": ("batch_size: 8", [], ["FILE:3: batch_size: unknown key - did you mean 'data.global_batch_size'?"]),
     "a key of another kind": (
         "noise_schedule: {kind: cosine, beta_end: 0.02}", [],
-        ["FILE:3: noise_schedule.beta_end: unknown key; it belongs to noise_schedule.kind=linear"],
+        ["FILE:3: noise_schedule.beta_end: unknown key; it belongs to noise_schedule.kind=linear or scaled_linear"],
     ),
     "an unknown kind": (
         "noise_schedule: {kind: cosin}", [],
