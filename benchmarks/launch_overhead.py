@@ -31,8 +31,8 @@ Clusters = dict[str, tuple[tuple[str, ...], dict[str, str]]]
 def main() -> None:
     """Print a JSON line for each launcher and one for each phase of a rank's start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repeat instead of five")
-    repeats = 1 if parser.parse_args().quick else 5
+    parser.add_argument("--quick", action="store_true", help="one repeat instead of three")
+    repeats = 1 if parser.parse_args().quick else 3
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = pack_faces(FacesConfig(count=96, size=16), folder / "faces")
@@ -71,7 +71,7 @@ def _measure(folder: Path, shards: Path, clusters: Clusters, repeats: int) -> No
 
 def first_step_seconds(run_dir: Path, shards: Path, words: tuple[str, ...], environment: Mapping[str, str]) -> float:
     """Seconds from giving the command until the first step is logged."""
-    overrides = ("distill=null", f"data.shards={shards}", "train.steps=2", "logging.sample_every_steps=0")
+    overrides = ("distill=null", f"data.shards={shards}", "train.steps=6", "logging.sample_every_steps=0")
     command = [sys.executable, "-m", "launch", "train", str(RECIPE), "--run-dir", str(run_dir), *words, *overrides]
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
