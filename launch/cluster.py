@@ -86,7 +86,9 @@ class _Network(_Machines):
     max_restarts: CountOrZero = 5
     """How often in a row a run may be started again without having come further; preemptions and time limits count too."""
     network_interface: str | None = None
-    """Interface that ranks listen on and reach each other by, such as ib0; null takes the one that leads to the first node."""
+    """Interface that ranks listen on and reach each other by, such as ib0; null takes the one that leads to the first node.
+
+    On a single node it is loopback in any case."""
     rendezvous_ports: Ports = (20000, 29999)
     """First and last port that rank 0 may listen on."""
 

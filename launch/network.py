@@ -51,6 +51,14 @@ def interface_of(address: str) -> str:
     raise ValueError(f"{socket.gethostname()}: no interface has the address {address}; set cluster.network_interface")
 
 
+def rank_interface(master_address: str, chosen: str | None) -> str:
+    """The interface that a rank listens on: loopback where rank 0 does, else the chosen one, else the one that leads to rank 0.
+
+    Raises: ValueError as address_towards and interface_of."""
+    leads = interface_of(address_towards(master_address))
+    return leads if leads == "lo" else chosen or leads
+
+
 def reserve_port(address: str, ports: Sequence[int], *, start: int = 0) -> socket.socket:
     """A socket bound to a free port of the range (first, last), which a process of the same user may still listen on.
 

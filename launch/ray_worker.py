@@ -19,7 +19,7 @@ from ray.train.backend import Backend, BackendConfig
 from launch.cluster import RayCluster
 from launch.job import Job
 from launch.logs import rank_log
-from launch.network import LOOPBACK, address_of, address_towards, interface_of, reserve_port
+from launch.network import LOOPBACK, address_of, address_towards, rank_interface, reserve_port
 from launch.place import Place
 from launch.rank_env import rank_environment
 from trainer.exit_codes import CALL_AGAIN, DONE, PEER_LOST
@@ -93,9 +93,9 @@ class _MeetingBackend(Backend):
 
 def _reserve(cluster: RayCluster, other: str | None) -> dict[str, str]:
     """On the node of rank 0: a port that nobody else takes as long as this worker lives. other: one of the other nodes."""
-    address = LOOPBACK if other is None else address_towards(other)
-    if cluster.network_interface:
-        address = address_of(cluster.network_interface)
+    address = LOOPBACK
+    if other is not None:
+        address = address_of(cluster.network_interface) if cluster.network_interface else address_towards(other)
     reserved = reserve_port(address, cluster.rendezvous_ports, start=os.getpid())
     port = reserved.getsockname()[1]
     reserved.detach()
@@ -128,7 +128,7 @@ def run_rank(config: dict[str, Attempt]) -> int:
 
 def _start(attempt: Attempt, place: Place) -> subprocess.Popen[bytes]:
     cluster, run_dir = attempt.cluster, attempt.job.path
-    interface = cluster.network_interface or interface_of(address_towards(place.master_address))
+    interface = rank_interface(place.master_address, cluster.network_interface)
     environment = rank_environment(_inherited(cluster), place, cluster, launcher="ray", interface=interface)
     environment["HALFSTEP_JOB_ID"] = attempt.job_id
     if place.rank == 0:

@@ -155,10 +155,10 @@ def srun_words(job: Job, cluster: SlurmCluster) -> list[str]:
 
 def _first_address(cluster: SlurmCluster, hosts: tuple[str, ...]) -> str:
     """The address of this node, the first one, by which the others reach it."""
-    if cluster.network_interface:
-        return address_of(cluster.network_interface)
     if len(hosts) == 1:
         return LOOPBACK
+    if cluster.network_interface:
+        return address_of(cluster.network_interface)
     facts = slurm(["scontrol", "--oneliner", "show", "node", hosts[1]])
     address = re.search(r"\bNodeAddr=(\S+)", facts)
     return address_towards(address[1] if address else hosts[1])

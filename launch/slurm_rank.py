@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.logs import rank_log
-from launch.network import address_towards, interface_of
+from launch.network import rank_interface
 from launch.place import Place
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     place = place_of(os.environ)
     os.environ.update(place.variables())
     if "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = os.environ.get("HALFSTEP_INTERFACE") or interface_of(address_towards(place.master_address))
+        interface = rank_interface(place.master_address, os.environ.get("HALFSTEP_INTERFACE"))
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     run_dir = Path(sys.argv[2])

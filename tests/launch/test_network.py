@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launch.network import LOOPBACK, address_of, address_towards, interface_of, reserve_port
+from launch.network import LOOPBACK, address_of, address_towards, interface_of, rank_interface, reserve_port
 
 _NOBODYS = "192.0.2.199"
 """Of TEST-NET-1 (RFC 5737)."""
@@ -117,3 +117,12 @@ def test_an_address_that_no_interface_has_is_said() -> None:
 def test_a_host_that_cannot_be_found_is_named() -> None:
     with pytest.raises(ValueError, match=r"no way to no-such-host.invalid: .*; set cluster.network_interface"):
         address_towards("no-such-host.invalid")
+
+
+def test_a_rank_listens_on_loopback_where_rank_0_does_and_else_on_what_was_chosen() -> None:
+    assert rank_interface("127.0.0.1", "eth7") == rank_interface("127.0.0.3", None) == "lo"
+    try:
+        elsewhere = address_towards("192.0.2.1")
+    except ValueError:
+        pytest.skip("this machine has no network but loopback")
+    assert rank_interface(elsewhere, "ib0") == "ib0" and rank_interface(elsewhere, None) == interface_of(elsewhere)
