@@ -117,7 +117,7 @@ def test_74_holds_until_there_is_room_and_the_same_command_lets_it_go_on(
     slurm: Slurm, shards: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     run = start(slurm, small_disk / "run", shards)
-    slurm.wait_until(run.job_id, lambda: slurm.state(run.job_id) == "PENDING", "the job to be held")
+    slurm.wait_until(run.job_id, lambda: bool(run.ends()) and slurm.state(run.job_id) == "PENDING", "the job to be held")
     assert decisions(run)[-1] == (74, "hold"), run.log()
     status = halfstep("status", run.run_dir, environment=slurm.environment).stdout
     assert ": held, " in status and "No space left" in status, status
