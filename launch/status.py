@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_shards.files import json_text, read_json_object
+from data_shards.files import json_text
+from launch.ends import read_end
 from launch.queued import Queued, alive
 from launch.run_lock import is_locked
 from launch.submitted import Submission, submissions
@@ -188,11 +189,8 @@ def _committed_step(run_dir: Path) -> int:
 
 def _ended(path: Path) -> str | None:
     """Exit code and reason of the last attempt, where it could say one."""
-    record = path / "exit.json"
-    if not record.exists():
-        return None
-    fields = read_json_object(record)
-    return f"{fields.get('code')} {fields.get('reason')}"
+    end = read_end(path)
+    return end and f"{end.code} {end.reason}"
 
 
 def _number(fields: Mapping[str, object], key: str) -> float | None:
