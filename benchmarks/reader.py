@@ -78,10 +78,10 @@ def webdataset_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
     """Stock webdataset, unshuffled and so at its fastest, with our decoder."""
 
     def pixels(sample: tuple[bytes]) -> bytes:
-        return image_pixels(sample[0], "png", image_size=index.image_size)
+        return image_pixels(sample[0], "png", size=(index.side(), index.side()))
 
     def tensor(rows: list[bytes]) -> torch.Tensor:
-        return images_tensor(rows, image_size=index.image_size)
+        return images_tensor(rows, image_size=index.side())
 
     urls = [str(index.root / shard.name) for shard in index.shards]
     dataset = WebDataset(urls, shardshuffle=False).to_tuple("png").map(pixels)
@@ -95,8 +95,10 @@ def decoded_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
     contents = encoded_images(index)
     while True:
         for first in range(0, len(contents) - MICRO_BATCH_SIZE + 1, MICRO_BATCH_SIZE):
-            rows = [image_pixels(content, "png", image_size=index.image_size) for content in contents[first : first + MICRO_BATCH_SIZE]]
-            yield images_tensor(rows, image_size=index.image_size)
+            rows = [
+                image_pixels(content, "png", size=(index.side(), index.side())) for content in contents[first : first + MICRO_BATCH_SIZE]
+            ]
+            yield images_tensor(rows, image_size=index.side())
 
 
 def encoded_images(index: ShardIndex) -> list[bytes]:

@@ -8,7 +8,8 @@ ImageFormat = Literal["png", "webp", "jpg"]
 Field = Literal["image", "caption", "attributes"]
 
 INDEX_NAME = "index.json"
-INDEX_SCHEMA_VERSION = 1
+INDEX_SCHEMA_VERSION = 2
+READABLE_SCHEMA_VERSIONS = (1, 2)
 DEFAULT_SAMPLES_PER_SHARD = 500
 DEFAULT_BACKGROUND = "#ffffff"
 
@@ -16,12 +17,16 @@ CAPTION_EXTENSION = "txt"
 ATTRIBUTES_EXTENSION = "json"
 # extension -> the one Pillow format that may stand behind it
 IMAGE_FORMATS: dict[str, str] = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
-ALLOWED_EXTENSIONS: tuple[str, ...] = (*IMAGE_FORMATS, CAPTION_EXTENSION, ATTRIBUTES_EXTENSION)
+ORIGINAL_CAPTION_EXTENSION = "original.txt"  # what stood in .txt before a captioner wrote there
+TENSOR_EXTENSION = "npy"
+# A member is KEY.EXTENSION or KEY.NAME.EXTENSION, with one of these last: latents.npy, original.txt
+ALLOWED_EXTENSIONS: tuple[str, ...] = (*IMAGE_FORMATS, CAPTION_EXTENSION, ATTRIBUTES_EXTENSION, TENSOR_EXTENSION)
 
 MAX_IMAGE_PIXELS = 2**26  # 8192 x 8192
 MAX_IMAGE_BYTES = 2**26
 MAX_CAPTION_BYTES = 2**16
 MAX_ATTRIBUTES_BYTES = 2**20
+MAX_TENSOR_BYTES = 2**26
 MAX_REPLACEMENTS = 16  # bad samples in a row before `skip` gives up
 
 CC0 = "CC0-1.0"
@@ -53,8 +58,25 @@ FACE_STYLES: dict[str, FaceStyle] = {
 }
 
 
+def is_allowed_extension(extension: str) -> bool:
+    """Whether a member may end so: in one of ALLOWED_EXTENSIONS, with at most one plain name before it."""
+    name, _, last = extension.rpartition(".")
+    return last in ALLOWED_EXTENSIONS and (not name or name.replace("_", "").isalnum()) and name.isascii()
+
+
+def is_image(extension: str) -> bool:
+    """Whether members of this extension are the samples' images; a name before it, as in mask.png, makes it something else."""
+    return extension in IMAGE_FORMATS
+
+
 def member_limit_bytes(extension: str) -> int:
-    """Largest size a member of this extension may have."""
-    if extension in IMAGE_FORMATS:
-        return MAX_IMAGE_BYTES
-    return MAX_CAPTION_BYTES if extension == CAPTION_EXTENSION else MAX_ATTRIBUTES_BYTES
+    """Largest size a member of this allowed extension may have."""
+    match extension.rpartition(".")[2]:
+        case "txt":
+            return MAX_CAPTION_BYTES
+        case "json":
+            return MAX_ATTRIBUTES_BYTES
+        case "npy":
+            return MAX_TENSOR_BYTES
+        case _:
+            return MAX_IMAGE_BYTES

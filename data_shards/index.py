@@ -6,16 +6,24 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import cast, final
 
-from data_shards.config import ALLOWED_EXTENSIONS, INDEX_NAME, INDEX_SCHEMA_VERSION, MAX_IMAGE_PIXELS, member_limit_bytes
+from data_shards.config import (
+    ALLOWED_EXTENSIONS,
+    INDEX_NAME,
+    INDEX_SCHEMA_VERSION,
+    MAX_IMAGE_PIXELS,
+    READABLE_SCHEMA_VERSIONS,
+    is_allowed_extension,
+    member_limit_bytes,
+)
 
 Json = Mapping[str, object]
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
-KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+MAX_KEY_CHARACTERS = 255
 
 
 class ShardIndexError(ValueError):
@@ -38,13 +46,18 @@ class Members:
 @final
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its name, size, hash and samples in order."""
+    """One tar: its name, size, hash and samples in order.
+
+    widths, heights: of each sample's image in pixels; None where the index's image_size says it of all.
+    """
 
     name: str
     size_bytes: int
     sha256: str
     keys: tuple[str, ...]
     members: Mapping[str, Members]
+    widths: array[int] | None = None
+    heights: array[int] | None = None
 
     @property
     def samples(self) -> int:
@@ -62,6 +75,7 @@ class Shard:
                 extension: {"offsets": list(m.offsets), "sizes": list(m.sizes), "crc32": list(m.crc32)}
                 for extension, m in sorted(self.members.items())
             },
+            **({"widths": list(self.widths), "heights": list(self.heights)} if self.widths and self.heights else {}),
         }
 
 
@@ -70,16 +84,20 @@ class Shard:
 class ShardIndex:
     """Everything known of a folder of shards without opening one.
 
-    image_size: side of every image in pixels; sha256: the data's identity; licence: name, url, creators, text.
+    image_size: side of every image in pixels, None where they differ or there are none; sha256: the data's identity; licence: name,
+    url, creators, text; derived: what captioners and encoders have made of the packed samples, oldest first; location: where the
+    tars lie if not beside the index: a URL or a folder.
     """
 
     root: Path
-    image_size: int
+    image_size: int | None
     licence: Json
     source: Json
     pack: Json
     shards: tuple[Shard, ...]
     sha256: str
+    derived: tuple[Json, ...] = ()
+    location: str | None = None
 
     @classmethod
     def load(cls, root: str | Path) -> ShardIndex:
@@ -93,9 +111,44 @@ class ShardIndex:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise ShardIndexError(f"{path}: there is no index; make the shards with `halfstep shards pack --out {root}`") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ShardIndexError(f"{path}: not valid JSON ({error}); {_MEND}") from None
-        return _parse(content, root, path)
+        return _parse(content, root, str(path))
+
+    @classmethod
+    def parse(cls, text: bytes | str, root: Path, *, where: str, location: str | None = None) -> ShardIndex:
+        """An index from its text, for shards whose index lies elsewhere; location: where the tars lie, instead of what the text says.
+
+        Raises: ShardIndexError as `load`, naming `where`.
+        """
+        try:
+            content = json.loads(text)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ShardIndexError(f"{where}: not valid JSON ({error}); {_MEND}") from None
+        index = _parse(content, root, where)
+        return index if location is None else replace(index, location=location)
+
+    def side(self) -> int:
+        """Side of every image in pixels.
+
+        Raises: ShardIndexError if they differ or there are none.
+        """
+        if self.image_size is None:
+            raise ShardIndexError(
+                f"{self.root}: its images have several sizes; set data.image_size to the side in pixels that they are brought to"
+            )
+        return self.image_size
+
+    def size_at(self, shard: Shard, position: int) -> tuple[int, int]:
+        """Width and height in pixels of a sample's image as it is stored.
+
+        Raises: ShardIndexError if the index does not say.
+        """
+        if shard.widths is not None and shard.heights is not None:
+            return shard.widths[position], shard.heights[position]
+        if self.image_size is None:
+            raise ShardIndexError(f"{self.root}: the index does not say how large the images of {shard.name} are; {_MEND}")
+        return self.image_size, self.image_size
 
     @property
     def samples(self) -> int:
@@ -112,12 +165,21 @@ _MEND = "restore it from a copy, or pack the shards again into a new folder"
 
 
 def canonical_sha256(content: Json) -> str:
-    """sha256 of an index without its own `sha256` entry, as compact JSON with sorted keys."""
-    body = {key: value for key, value in content.items() if key != "sha256"}
+    """sha256 of an index without its own `sha256` and where its tars lie, as compact JSON with sorted keys."""
+    body = {key: value for key, value in content.items() if key not in ("sha256", "location")}
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def index_text(*, image_size: int, licence: Json, source: Json, pack: Json, shards: list[Shard]) -> str:
+def index_text(
+    *,
+    image_size: int | None,
+    licence: Json,
+    source: Json,
+    pack: Json,
+    shards: Sequence[Shard],
+    derived: Sequence[Json] = (),
+    location: str | None = None,
+) -> str:
     """The text of index.json: a readable head, then one line a shard."""
     head: dict[str, object] = {
         "schema_version": INDEX_SCHEMA_VERSION,
@@ -126,9 +188,12 @@ def index_text(*, image_size: int, licence: Json, source: Json, pack: Json, shar
         "licence": licence,
         "source": source,
         "pack": pack,
+        "derived": list(derived),
     }
     rows = [shard.to_json() for shard in shards]
     head["sha256"] = canonical_sha256({**head, "shards": rows})
+    if location is not None:
+        head["location"] = location
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
     return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + lines + "\n]}\n"
 
@@ -139,26 +204,32 @@ def is_safe_member_name(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and not set(name) & set('\\:*?"<>|') and name.isprintable()
 
 
-def _parse(content: object, root: Path, path: Path) -> ShardIndex:
-    index = _Entry(content, str(path))
+def is_key(key: str) -> bool:
+    """Whether a sample may be called so: a safe path of at most 255 characters whose last part has no dot, as WebDataset wants it."""
+    return 0 < len(key) <= MAX_KEY_CHARACTERS and "." not in key.rpartition("/")[2] and not key.endswith("/") and is_safe_member_name(key)
+
+
+def _parse(content: object, root: Path, where: str) -> ShardIndex:
+    index = _Entry(content, where)
     version = index.integer("schema_version")
-    if version != INDEX_SCHEMA_VERSION:
-        raise ShardIndexError(f"{path}: schema_version is {version}, this halfstep reads {INDEX_SCHEMA_VERSION}; {_MEND}")
+    if version not in READABLE_SCHEMA_VERSIONS:
+        raise ShardIndexError(f"{where}: schema_version is {version}, this halfstep reads {INDEX_SCHEMA_VERSION}; {_MEND}")
     stored, counted = index.text("sha256"), canonical_sha256(index.content)
     if stored != counted:
         raise ShardIndexError(
-            f"{path}: it was changed after it was written (sha256 says {stored[:12]}, its content {counted[:12]}); {_MEND}"
+            f"{where}: it was changed after it was written (sha256 says {stored[:12]}, its content {counted[:12]}); {_MEND}"
         )
-    shards = tuple(_shard(_Entry(row, f"{path}: shards[{i}]")) for i, row in enumerate(index.items("shards")))
-    image_size = index.integer("image_size", low=1)
-    if image_size**2 > MAX_IMAGE_PIXELS:
-        raise ShardIndexError(f"{path}: image_size is {image_size}, at most {int(MAX_IMAGE_PIXELS**0.5)} is allowed; {_MEND}")
+    shards = tuple(_shard(_Entry(row, f"{where}: shards[{i}]")) for i, row in enumerate(index.items("shards")))
+    image_size = None if index.content.get("image_size") is None and version > 1 else index.integer("image_size", low=1)
+    if image_size is not None and image_size**2 > MAX_IMAGE_PIXELS:
+        raise ShardIndexError(f"{where}: image_size is {image_size}, at most {int(MAX_IMAGE_PIXELS**0.5)} is allowed; {_MEND}")
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names):
-        raise ShardIndexError(f"{path}: two shards have one name; {_MEND}")
+        raise ShardIndexError(f"{where}: two shards have one name; {_MEND}")
     found, samples = sum(shard.samples for shard in shards), index.integer("samples", low=1)
     if found != samples:
-        raise ShardIndexError(f"{path}: samples is {samples}, but the shards list {found}; {_MEND}")
+        raise ShardIndexError(f"{where}: samples is {samples}, but the shards list {found}; {_MEND}")
+    derived = index.items("derived") if version > 1 else []
     return ShardIndex(
         root=root,
         image_size=image_size,
@@ -167,6 +238,8 @@ def _parse(content: object, root: Path, path: Path) -> ShardIndex:
         pack=index.mapping("pack"),
         shards=shards,
         sha256=stored,
+        derived=tuple(_Entry(entry, f"{where}: derived[{i}]").content for i, entry in enumerate(derived)),
+        location=index.text("location") if "location" in index.content else None,
     )
 
 
@@ -183,20 +256,34 @@ def _shard(row: _Entry) -> Shard:
     if not SHARD_NAME.fullmatch(name):
         raise ShardIndexError(f"{row.where}: name is {name!r}, wanted a plain file name such as shard-000000.tar; {_MEND}")
     keys = tuple(str(key) for key in row.items("keys"))
-    bad = next((key for key in keys if not KEY.fullmatch(key)), None)
+    bad = next((key for key in keys if not is_key(key)), None)
     if bad is not None or len(set(keys)) < len(keys):
-        raise ShardIndexError(f"{row.where} ({name}): keys must be unique and of letters, digits, - and _, got {bad!r}; {_MEND}")
+        got = "one twice" if bad is None else repr(bad)
+        raise ShardIndexError(f"{row.where} ({name}): keys must be unique safe paths without a dot in the last part, got {got}; {_MEND}")
     if not keys:
         raise ShardIndexError(f"{row.where} ({name}): an empty shard; remove it by packing again into a new folder")
     members = {
         extension: _members(_Entry(entry, f"{row.where} ({name}): members.{extension}"), extension, len(keys), size_bytes)
         for extension, entry in row.mapping("members").items()
     }
-    return Shard(name=name, size_bytes=size_bytes, sha256=row.text("sha256"), keys=keys, members=members)
+    widths, heights = (_pixels(row, side, len(keys)) for side in ("widths", "heights"))
+    if (widths is None) != (heights is None):
+        raise ShardIndexError(f"{row.where} ({name}): widths and heights come together; {_MEND}")
+    return Shard(name=name, size_bytes=size_bytes, sha256=row.text("sha256"), keys=keys, members=members, widths=widths, heights=heights)
+
+
+def _pixels(row: _Entry, side: str, samples: int) -> array[int] | None:
+    """A shard's widths or heights, None if it lists none."""
+    if side not in row.content:
+        return None
+    pixels = row.integers(side)
+    if len(pixels) != samples or not all(1 <= count <= MAX_IMAGE_PIXELS for count in pixels):
+        raise ShardIndexError(f"{row.where}: {side} lists {len(pixels)} entries, wanted {samples} from 1 to {MAX_IMAGE_PIXELS}; {_MEND}")
+    return pixels
 
 
 def _members(entry: _Entry, extension: str, samples: int, size_bytes: int) -> Members:
-    if extension not in ALLOWED_EXTENSIONS:
+    if not is_allowed_extension(extension):
         raise ShardIndexError(f"{entry.where}: extension .{extension} is not allowed, only {', '.join(ALLOWED_EXTENSIONS)}; {_MEND}")
     offsets, sizes, crc32 = (entry.integers(key) for key in ("offsets", "sizes", "crc32"))
     if not len(offsets) == len(sizes) == len(crc32) == samples:

@@ -12,6 +12,7 @@ from data_shards.index import Shard, ShardIndex
 from data_shards.keyed import permutation
 
 SHEET_GAP_PIXELS = 2
+SHEET_LARGEST_PIXELS = 192
 COUNTED_SAMPLES = 2000  # attributes are counted on at most so many samples: about 0.1 s
 
 
@@ -32,6 +33,8 @@ def summary(index: ShardIndex) -> dict[str, object]:
         "pack": dict(index.pack),
         "sha256": index.sha256,
         "attributes": attribute_counts(index, limit=COUNTED_SAMPLES),
+        "derived": [dict(entry) for entry in index.derived],
+        "location": index.location,
     }
 
 
@@ -50,15 +53,16 @@ def contact_sheet(index: ShardIndex, *, rows: int = 8, columns: int = 12, seed: 
     Raises: ValueError naming a sample whose image can't be shown.
     """
     shown = min(rows * columns, index.samples)
-    scale = 2 if index.image_size < 64 else 1
-    shown_size = index.image_size * scale
+    shown_size = index.image_size or SHEET_LARGEST_PIXELS
+    shown_size = min(shown_size * (2 if shown_size < 64 else 1), SHEET_LARGEST_PIXELS)
     cell = shown_size + SHEET_GAP_PIXELS
     sheet = Image.new("RGB", (columns * cell + SHEET_GAP_PIXELS, -(-shown // columns) * cell + SHEET_GAP_PIXELS), "white")
     places = [(shard, position) for shard in index.shards for position in range(shard.samples)]
     for number, place in enumerate(permutation(len(places), seed, "contact sheet")[:shown]):
         shard, position = places[place]
-        image = _image(index, shard, position).resize((shown_size, shown_size), Image.Resampling.NEAREST)
-        sheet.paste(image, (number % columns * cell + SHEET_GAP_PIXELS, number // columns * cell + SHEET_GAP_PIXELS))
+        image = shown_image(index, shard, position, shown_size)
+        left, top = (at * cell + SHEET_GAP_PIXELS for at in (number % columns, number // columns))
+        sheet.paste(image, (left + (shown_size - image.width) // 2, top + (shown_size - image.height) // 2))
     return sheet
 
 
@@ -67,16 +71,23 @@ def write_contact_sheet(index: ShardIndex, path: str | Path, *, rows: int = 8, c
     contact_sheet(index, rows=rows, columns=columns).save(path, format="PNG")
 
 
-def _image(index: ShardIndex, shard: Shard, position: int) -> Image.Image:
+def shown_image(index: ShardIndex, shard: Shard, position: int, side: int) -> Image.Image:
+    """A sample's whole image, its longer side `side` pixels.
+
+    Raises: ValueError naming the sample if it has no image or a damaged one.
+    """
     for extension in IMAGE_FORMATS:
         content = _content(index, shard, position, extension)
         if content is None:
             continue
+        size = index.size_at(shard, position)
         try:
-            pixels = image_pixels(content, extension, image_size=index.image_size)
+            image = Image.frombytes("RGB", size, image_pixels(content, extension, size=size))
         except DecodeError as error:
             raise ValueError(f"{shard.name}: sample {shard.keys[position]!r}: {error}; see `halfstep shards verify {index.root}`") from None
-        return Image.frombytes("RGB", (index.image_size, index.image_size), pixels)
+        longer = max(size)
+        shown = (max(1, image.width * side // longer), max(1, image.height * side // longer))
+        return image.resize(shown, Image.Resampling.NEAREST if side > longer else Image.Resampling.LANCZOS)
     raise ValueError(f"{shard.name}: sample {shard.keys[position]!r} has no image; see `halfstep shards verify {index.root}`")
 
 

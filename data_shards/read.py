@@ -35,7 +35,7 @@ class SampleReader:
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
         self.keys = [shard.keys for shard in index.shards]
-        self._image_size = index.image_size
+        self._image_size = index.side()
         self._images = [_of(shard, IMAGE_FORMATS) for shard in index.shards]
         self._texts = [shard.members for shard in index.shards]
         self._files: dict[int, FileIO] = {}
@@ -65,8 +65,8 @@ class SampleReader:
     def pixels(self, places: Sequence[Place]) -> list[bytes]:
         """The RGB bytes of each sample's image. Raises: DecodeError, OSError."""
         # All are read, then all decoded: by turns each would push the other's code and tables out of a busy core's cache.
-        image_size = self._image_size
-        return [image_pixels(content, extension, image_size=image_size) for content, extension in self._encoded(places)]
+        size = (self._image_size, self._image_size)
+        return [image_pixels(content, extension, size=size) for content, extension in self._encoded(places)]
 
     def caption(self, shard: int, position: int) -> str | None:
         """A sample's caption, None if it has none. Raises: DecodeError, OSError."""
@@ -273,7 +273,7 @@ def _batch(reader: SampleReader, parts: _Parts, places: Sequence[Place], replace
     """Reads all places as one batch. Raises: DecodeError or OSError at the first bad one."""
     keys = reader.keys
     return MicroBatch(
-        images=images_tensor(reader.pixels(places), image_size=reader.index.image_size),
+        images=images_tensor(reader.pixels(places), image_size=reader.index.side()),
         keys=tuple([keys[shard][position] for shard, position in places]),
         captions=tuple([parts.caption(*place) for place in places]) if parts.caption is not None else (),
         attributes=tuple([parts.attributes(*place) for place in places]) if parts.attributes is not None else (),

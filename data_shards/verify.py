@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
-from data_shards.config import ALLOWED_EXTENSIONS, IMAGE_FORMATS, INDEX_NAME, member_limit_bytes
+from data_shards.config import ALLOWED_EXTENSIONS, IMAGE_FORMATS, INDEX_NAME, is_allowed_extension, is_image, member_limit_bytes
 from data_shards.images import DecodeError, image_pixels
 from data_shards.index import Members, Shard, ShardIndex, ShardIndexError, is_safe_member_name
 from data_shards.tar import BLOCK_BYTES, Damage, Member, padded, walk
@@ -44,7 +44,7 @@ def verify(root: str | Path, *, progress: Callable[[int, int], None] | None = No
         return [Problem(INDEX_NAME, None, None, str(error), "a valid index", REPACK)]
     problems = _strangers(index)
     for number, shard in enumerate(index.shards):
-        problems += _verify_shard(root / shard.name, shard, index.image_size)
+        problems += _verify_shard(root / shard.name, shard, index)
         if progress is not None:
             progress(number + 1, len(index.shards))
     return problems
@@ -59,7 +59,7 @@ def _strangers(index: ShardIndex) -> list[Problem]:
     ]
 
 
-def _verify_shard(path: Path, shard: Shard, image_size: int) -> list[Problem]:
+def _verify_shard(path: Path, shard: Shard, index: ShardIndex) -> list[Problem]:
     if not path.is_file():
         return [Problem(shard.name, None, None, "the file is missing", f"a tar of {shard.size_bytes} bytes", REPACK)]
     size = path.stat().st_size
@@ -71,7 +71,7 @@ def _verify_shard(path: Path, shard: Shard, image_size: int) -> list[Problem]:
         elif digest != shard.sha256:
             problems.append(Problem(shard.name, None, None, f"its sha256 is {digest[:16]}...", f"{shard.sha256[:16]}...", REPACK))
         problems += _unlisted(members, shard)
-        problems += _samples(file, members, shard, image_size)
+        problems += _samples(file, members, shard, index)
     return problems
 
 
@@ -102,29 +102,36 @@ def _unlisted(members: dict[str, Member], shard: Shard) -> Iterator[Problem]:
     for name, member in members.items():
         if name in listed:
             continue
-        extension = name.rsplit(".", 1)[-1] if "." in name else ""
+        extension = name.rpartition("/")[2].partition(".")[2]
         what, wanted = f"member {name!r} is not in the index", "only members that the index lists"
         if not is_safe_member_name(name):
             what, wanted = f"member name {name!r} leads out of the folder", "a plain name"
-        elif extension.lower() not in ALLOWED_EXTENSIONS:
+        elif not is_allowed_extension(extension.lower()):
             what, wanted = f"member {name!r} has a forbidden extension", f"one of {', '.join('.' + e for e in ALLOWED_EXTENSIONS)}"
         yield Problem(shard.name, None, member.offset, what, wanted, REPACK)
 
 
-def _samples(file: BinaryIO, members: dict[str, Member], shard: Shard, image_size: int) -> Iterator[Problem]:
+def _samples(file: BinaryIO, members: dict[str, Member], shard: Shard, index: ShardIndex) -> Iterator[Problem]:
     """Samples of the index whose members are missing, elsewhere, changed, or can't be decoded."""
     for position, key in enumerate(shard.keys):
         for extension, rows in shard.members.items():
             if rows.sizes[position] < 0:
                 continue
-            fault = _member_fault(file, members.get(f"{key}.{extension}"), rows, position, extension, image_size)
+            fault = _member_fault(
+                file,
+                members.get(f"{key}.{extension}"),
+                rows,
+                position,
+                extension,
+                index.size_at(shard, position) if is_image(extension) else (0, 0),
+            )
             if fault is not None:
                 what, wanted = fault
                 yield Problem(shard.name, key, rows.offsets[position], f"{key}.{extension}: {what}", wanted, REPACK)
 
 
 def _member_fault(
-    file: BinaryIO, member: Member | None, rows: Members, position: int, extension: str, image_size: int
+    file: BinaryIO, member: Member | None, rows: Members, position: int, extension: str, image_size: tuple[int, int]
 ) -> tuple[str, str] | None:
     """What is wrong with one member and what was wanted, or None."""
     offset, size = rows.offsets[position], rows.sizes[position]
@@ -138,9 +145,9 @@ def _member_fault(
     block = file.read(BLOCK_BYTES + padded(size))
     if zlib.crc32(block) != rows.crc32[position]:
         return "its bytes were changed after packing", "the crc32 in the index"
-    if extension in IMAGE_FORMATS:
+    if is_image(extension):
         try:
-            image_pixels(block[BLOCK_BYTES : BLOCK_BYTES + size], extension, image_size=image_size)
+            image_pixels(block[BLOCK_BYTES : BLOCK_BYTES + size], extension, size=image_size)
         except DecodeError as error:
-            return str(error), f"a whole {IMAGE_FORMATS[extension]} of {image_size} x {image_size} pixels"
+            return str(error), f"a whole {IMAGE_FORMATS[extension]} of {image_size[0]} x {image_size[1]} pixels"
     return None

@@ -161,7 +161,7 @@ def _train_into(folder: Path, index: ShardIndex, cache: Path, training: NetTrain
     own = len(batch.images) and choose_attributes(batch.attributes)
     if not own:
         logger.info("%s has no attributes: the feature net learns from %d embedded faces", index.root, training.faces)
-        size = min(index.image_size, _LARGEST_FACES_PIXELS)
+        size = min(index.side(), _LARGEST_FACES_PIXELS)
         faces = pack(
             FacesSource(_EMBEDDED_STYLE, training.faces, seed=training.seed),
             cache / f"faces_{_EMBEDDED_STYLE}_{size}_px",

@@ -67,7 +67,7 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
     watch.phase("data", 0)
     index = ShardIndex.load(run_dir / str(config.data.shards))
     watch.phase("model", 0)
-    task = build_task(config, run_dir, index.image_size)
+    task = build_task(config, run_dir, index.side())
     engine = build_engine(config, task)
     watch.phase("restore", 0)
     pieces = agree_on_pieces(engine.state())

@@ -1,13 +1,15 @@
 """The index is read strictly: whatever was changed in it is named, with the way to mend it."""
 
 import json
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_shards.config import INDEX_NAME
-from data_shards.index import ShardIndex, ShardIndexError, canonical_sha256, is_safe_member_name
+from data_shards.index import ShardIndex, ShardIndexError, canonical_sha256, index_text, is_safe_member_name
 
 Content = dict[str, object]
 
@@ -68,7 +70,7 @@ def members(content: Content) -> dict[str, dict[str, list[int]]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(schema_version=2), "schema_version is 2, this halfstep reads 1"),
+        (lambda c: c.update(schema_version=3), "schema_version is 3, this halfstep reads 2"),
         (lambda c: c.update(samples=31), "samples is 31, but the shards list 30"),
         (lambda c: c.update(image_size="16"), "image_size is '16', wanted int"),
         (lambda c: c.update(image_size=10**6), "at most 8192 is allowed"),
@@ -77,7 +79,7 @@ def members(content: Content) -> dict[str, dict[str, list[int]]]:
         (lambda c: first_shard(c).update(name="/tmp/x.tar"), "wanted a plain file name"),
         (lambda c: first_shard(c).update(name="shard-000001.tar"), "two shards have one name"),
         (lambda c: first_shard(c).update(keys=[]), "an empty shard"),
-        (lambda c: first_shard(c).update(keys=["../x"] * 12), "keys must be unique and of letters"),
+        (lambda c: first_shard(c).update(keys=["../x"] * 12), "keys must be unique safe paths"),
         (lambda c: members(c).update(pyd=members(c)["txt"]), "extension .pyd is not allowed"),
         (lambda c: members(c)["png"]["sizes"].pop(), "lists of 12, 11 and 12 entries, wanted 12"),
         (lambda c: members(c)["png"]["sizes"].__setitem__(0, 10**9), "do not fit a shard"),
@@ -109,3 +111,34 @@ def test_a_wrong_entry_is_named(
 )
 def test_names_that_lead_out_of_a_folder_are_not_safe(name: str, safe: bool) -> None:
     assert is_safe_member_name(name) is safe
+
+
+def test_an_index_of_the_first_schema_is_still_read(edit: Callable[[Callable[[Content], object]], Path]) -> None:
+    def make_old(content: Content) -> None:
+        content["schema_version"] = 1
+        del content["derived"]
+
+    index = ShardIndex.load(edit(make_old))
+    assert (index.samples, index.derived, index.location) == (30, (), None)
+
+
+def test_where_the_tars_lie_is_no_part_of_the_identity(packed: Path) -> None:
+    text = (packed / "index.json").read_text()
+    index = ShardIndex.parse(text, packed, where="here", location="https://example.org/faces")
+    moved = index_text(
+        image_size=16, licence=index.licence, source=index.source, pack=index.pack, shards=index.shards, location="s3://bucket/faces"
+    )
+    again = ShardIndex.parse(moved, packed, where="there")
+    assert (again.sha256, again.location) == (index.sha256, "s3://bucket/faces")
+
+
+def test_images_of_several_sizes_are_listed(packed: Path) -> None:
+    index = ShardIndex.load(packed)
+    sizes = [replace(s, widths=array("q", [20] * s.samples), heights=array("q", [10] * s.samples)) for s in index.shards]
+    text = index_text(image_size=None, licence=index.licence, source=index.source, pack=index.pack, shards=sizes)
+    again = ShardIndex.parse(text, packed, where="here")
+    assert again.size_at(again.shards[0], 3) == (20, 10)
+    with pytest.raises(ShardIndexError, match=r"set data.image_size"):
+        again.side()
+    with pytest.raises(ShardIndexError, match="heights lists 11 entries, wanted 12"):
+        ShardIndex.parse(text.replace('"heights":[10,', '"heights":[', 1), packed, where="here")

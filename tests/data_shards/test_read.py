@@ -221,7 +221,7 @@ def test_damaged_images_raise_only_what_we_catch(extension: str, noise: bytes, d
     at = data.draw(st.integers(0, len(content)))
     content[at : at + len(noise)] = noise
     with suppress(DecodeError):
-        assert len(image_pixels(bytes(content), extension, image_size=16)) == 768
+        assert len(image_pixels(bytes(content), extension, size=(16, 16))) == 768
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b'{"attributes": {"a": 1}}', b'{"attributes": []}', b"[" * 100_000])
