@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from measure import print_ratio, run_ranks
 from torch import Tensor
 
-from trainer import dist
+from data_shards import ranks
 from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, load_state
 from trainer.config import EmaConfig, OptimConfig, TinyUNetConfig
 from trainer.engines.deepspeed_zero import DeepSpeedZero
@@ -65,7 +65,7 @@ def main() -> None:
 
 def _rank(folder: Path, *, quick: bool, repeats: int) -> None:
     """One rank; rank 0 writes a row a repeat to rows.jsonl."""
-    dist.init_process_group(timeout_seconds=300)
+    ranks.init_process_group(timeout_seconds=300)
     engine, peer = _engine(quick=quick), _deepspeed(quick=quick)
     for step in range(2):  # moments and buffers are there
         _step(engine, step)
@@ -85,10 +85,10 @@ def _rank(folder: Path, *, quick: bool, repeats: int) -> None:
         row["ours_load"] = _timed(lambda: _load(folder / "sync", engine, pieces))
         row |= _dcp(folder / f"dcp_{repeat}", engine)
         row |= _deepspeed_files(folder / f"deepspeed_{repeat}", peer)
-        if repeat and dist.is_rank_0():  # the first one warms caches and takes memory
+        if repeat and ranks.is_rank_0():  # the first one warms caches and takes memory
             with open(folder / "rows.jsonl", "a", encoding="ascii") as rows:
                 rows.write(json.dumps(row) + "\n")
-    dist.barrier()
+    ranks.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort while the interpreter tears down
 
@@ -105,7 +105,7 @@ def _asynchronous(engine: Engine, saver: Saver, step: int, *, steps: int) -> tup
     while not ended:
         slower += _timed(lambda step=step: _step(engine, step)) - usual
         step += 1
-        ended = not dist.any_rank(not saver.ended)
+        ended = not ranks.any_rank(not saver.ended)
     saver.finish()
     return step, {"step_seconds": usual, "pause_steps": pause / usual, "slowdown_steps": (pause + slower) / usual}
 
@@ -135,10 +135,10 @@ def _deepspeed_files(folder: Path, peer: DeepSpeedZero) -> dict[str, float]:
 
 def _timed(act: Callable[[], object]) -> float:
     """Seconds until all ranks have acted."""
-    dist.barrier()
+    ranks.barrier()
     started = time.perf_counter()
     act()
-    dist.barrier()
+    ranks.barrier()
     return time.perf_counter() - started
 
 
@@ -147,7 +147,7 @@ def _step(engine: Engine, step: int) -> None:
 
 
 def _losses(step: int) -> Iterator[LossPerImage]:
-    for index in dist.share(MICRO_BATCHES):
+    for index in ranks.share(MICRO_BATCHES):
         x = torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(MICRO_BATCHES * step + index))
 
         def loss(model: Denoiser, x: Tensor = x) -> Tensor:
@@ -184,10 +184,10 @@ def _made(folder: Path) -> bool:
 
 
 def _forget(folder: Path) -> None:
-    dist.barrier()
-    if dist.is_rank_0():
+    ranks.barrier()
+    if ranks.is_rank_0():
         shutil.rmtree(folder)
-    dist.barrier()
+    ranks.barrier()
 
 
 if __name__ == "__main__":

@@ -120,11 +120,11 @@ def _join(timeout_seconds: float, watch: Watch | None) -> None:
     """Meet the other ranks. Collective."""
     if watch:
         watch.phase("import", 0)
-    from trainer import dist
+    from data_shards import ranks
 
     if watch:
         watch.phase("rendezvous", 0)
-    dist.init_process_group(timeout_seconds=timeout_seconds)
+    ranks.init_process_group(timeout_seconds=timeout_seconds)
 
 
 def _check_visible(run_dir: Path, limit_seconds: float) -> None:
@@ -136,17 +136,17 @@ def _check_visible(run_dir: Path, limit_seconds: float) -> None:
 
 def _part() -> None:
     """Leave the others after rank 0 has written how the run ended: some launchers end all ranks when the first one leaves."""
-    from trainer import dist
+    from data_shards import ranks
 
     with contextlib.suppress(RuntimeError):  # the run has ended, whatever becomes of a rank from now on
-        dist.barrier()
+        ranks.barrier()
     _leave()
 
 
 def _leave() -> None:
-    from trainer import dist
+    from data_shards import ranks
 
-    dist.destroy_process_group()
+    ranks.destroy_process_group()
 
 
 def _job(kind: str) -> Callable[..., int]:
@@ -172,7 +172,7 @@ def _exit_code(error: Exception) -> int:
             return IO_ERROR
         case OSError() | ImportError():
             return CRASH
-    from trainer.dist import PeerLost
+    from data_shards.ranks import PeerLost
     from trainer.engines.engine import NumericError
     from trainer.metrics import DataBudgetSpent
 

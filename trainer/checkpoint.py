@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from trainer import dist
+from data_shards import ranks
 from trainer.engines.engine import Shard, State
 from trainer.manifest import Checkpoint, committed, read_checkpoint, verify_files
 
@@ -62,7 +62,7 @@ def agree_on_pieces(state: State) -> list[Piece]:
     Raises: RuntimeError if the ranks' shards overlap or leave a gap. Collective.
     Source: the plan is made by torch.distributed.checkpoint's DefaultSavePlanner."""
     own = {name: (shard.shape, shard.start, shard.values.numel()) for name, shard in named_shards(state).items()}
-    held = [json.loads(text) for text in dist.all_gather_text(json.dumps(own))]
+    held = [json.loads(text) for text in ranks.all_gather_text(json.dumps(own))]
     plans = [SavePlan([_write_item(name, *place) for name, place in places.items()]) for places in held]
     shapes = {name: tuple(shape) for places in held for name, (shape, _, _) in places.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -97,7 +97,7 @@ class Staging:
     On a GPU the copy runs behind the steps before and in front of those after, into pinned memory, and nothing waits."""
 
     def __init__(self, state: State, pieces: Sequence[Piece]) -> None:
-        self.pieces = [piece for piece in pieces if piece.rank == dist.rank()]
+        self.pieces = [piece for piece in pieces if piece.rank == ranks.rank()]
         shards = named_shards(state)
         sources = [shards[piece.tensor].values for piece in self.pieces]
         cuda = any(source.is_cuda for source in sources)
@@ -138,22 +138,22 @@ def agreed_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files all verify, the files divided among the ranks; a damaged one is named and passed over.
 
     Raises: RuntimeError if the ranks do not see the same one. Collective."""
-    for step in json.loads(dist.all_gather_text(json.dumps([step for step, _ in committed(run_dir)]))[0])[::-1]:
+    for step in json.loads(ranks.all_gather_text(json.dumps([step for step, _ in committed(run_dir)]))[0])[::-1]:
         path = run_dir / "checkpoints" / f"step_{step:06d}"
         checkpoint, verdict = None, ""
         try:
             checkpoint = read_checkpoint(path)
             names = sorted(checkpoint.files)
-            verify_files(checkpoint, [names[number] for number in dist.share(len(names))])
+            verify_files(checkpoint, [names[number] for number in ranks.share(len(names))])
         except (ValueError, OSError) as error:
             verdict = str(error)
-        verdicts = dist.all_gather_text(json.dumps([verdict, checkpoint.sha256 if checkpoint else ""]))
+        verdicts = ranks.all_gather_text(json.dumps([verdict, checkpoint.sha256 if checkpoint else ""]))
         reasons, seals = zip(*(json.loads(text) for text in verdicts), strict=True)
         if len(set(seals)) > 1:
             raise RuntimeError(f"{path}: the ranks do not see the same checkpoint; RUN_DIR must be one folder that all nodes share")
         if checkpoint is not None and not any(reasons):
             return checkpoint
-        if dist.is_rank_0():
+        if ranks.is_rank_0():
             logger.warning("checkpoint %s is damaged and not used: %s", path, next(filter(None, reasons)))
     return None
 

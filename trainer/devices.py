@@ -33,7 +33,7 @@ def _gpu(number: int) -> dict[str, object]:
 def _xformers_trouble() -> str | None:
     if find_spec("xformers") is None:
         return "it is not installed"
-    from trainer.dist import device
+    from data_shards.ranks import device
     from trainer.models.attention import xformers_trouble
 
     return xformers_trouble(device(), torch.float32, head_widths=(64,))

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.cuda import nccl
 
+from data_shards import ranks
 from data_shards.files import json_text, read_json_object, replace_file
-from trainer import dist
 
 _FILE = "environment.json"
 
@@ -18,7 +18,7 @@ def record_devices(run_dir: Path, *, attention: str, engine: Mapping[str, object
     """Add this rank's device and what was chosen for it to RUN_DIR/environment.json; called by rank 0.
 
     engine: its settings as plain JSON values. What the launcher wrote stays; a chain's stage takes it from the chain's folder."""
-    chosen = {"devices": [describe_device(dist.device())], "attention": attention, "engine": dict(engine), "deterministic": deterministic}
+    chosen = {"devices": [describe_device(ranks.device())], "attention": attention, "engine": dict(engine), "deterministic": deterministic}
     replace_file(run_dir / _FILE, json_text({**_launchers_half(run_dir), **chosen}))
 
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.index import ShardIndex
-from trainer import dist
 from trainer.evaluation import EvaluationRow, Yardstick, read_rows, write_rows
 from trainer.feature_net import FEATURES, UPDATES, classify, features_of
 from trainer.frechet import frechet_distance, kernel_distance, mean_and_covariance
@@ -103,7 +103,7 @@ def evaluate(todo: Iterable[Entry], measure: Measure, *, out: Path, pictures: Pa
     for row in rows.values():
         if row.frechet_distance is not None:
             measure.yardstick.check_equal(row.yardstick, mine="this evaluation", others=f"{row.name} in {out}")
-    dist.barrier()  # every rank has read the rows before rank 0 writes one
+    ranks.barrier()  # every rank has read the rows before rank 0 writes one
     teacher: TeacherReading | None = None
     for entry in todo:
         known = rows.get((entry.model, entry.steps))
@@ -116,16 +116,16 @@ def evaluate(todo: Iterable[Entry], measure: Measure, *, out: Path, pictures: Pa
             row = known if current else _measured_row(entry, measure, _draw(entry, measure), teacher)
         if row is not None and row is not known:
             rows = {**rows, (row.model, row.steps): row}
-            if dist.is_rank_0():
+            if ranks.is_rank_0():
                 write_rows(out, rows.values())
                 logger.info("%s", _in_words(row))
-    dist.barrier()
+    ranks.barrier()
 
 
 def _draw(entry: Entry, measure: Measure) -> Drawn:
     """Draw an entry's images and reduce them to features, each rank its share. Collective."""
     logger.info("drawing %d images: %s, %d steps", measure.images, entry.model, entry.steps)
-    share, device, net = dist.share(measure.images), dist.device(), measure.net.trained.net
+    share, device, net = ranks.share(measure.images), ranks.device(), measure.net.trained.net
     predict = predictor(entry)
     warm_up(entry)
     started = time.perf_counter()
@@ -141,10 +141,10 @@ def _draw(entry: Entry, measure: Measure) -> Drawn:
     )
     seconds = rank_seconds_per_image(time.perf_counter() - started, len(share))
     # Shares differ by one image at most: rows of NaN fill the shorter ones up for the gather and are dropped after it.
-    padded = torch.full((-(-measure.images // dist.world_size()), FEATURES), torch.nan)
+    padded = torch.full((-(-measure.images // ranks.world_size()), FEATURES), torch.nan)
     if share:
         padded[: len(share)] = features_of(net, drawn.permute(0, 3, 1, 2))
-    gathered = dist.all_gather_tensor(padded.to(device)).cpu().flatten(0, 1)
+    gathered = ranks.all_gather_tensor(padded.to(device)).cpu().flatten(0, 1)
     features = gathered[~gathered.isnan().all(dim=1)]
     return Drawn(seconds, features, classify(net, features))
 
@@ -153,10 +153,10 @@ def _teacher_reading(entry: Entry, measure: Measure, known: EvaluationRow | None
     """The teacher's own row, and its reading for the rows after it: from the cache where a stopped evaluation left it. Collective."""
     identity = f"{entry.source.weights_sha256}\n{measure.yardstick}\n{entry.steps}"
     path = measure.cache / f"teacher_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
-    if known is not None and not dist.any_rank(not path.exists()):
+    if known is not None and not ranks.any_rank(not path.exists()):
         return TeacherReading(entry.steps, torch.from_numpy(read_arrays(path, ("classes",))["classes"])), known
     drawn = _draw(entry, measure)
-    if dist.is_rank_0():
+    if ranks.is_rank_0():
         write_arrays(path, {"classes": drawn.classes.numpy()})
     return TeacherReading(entry.steps, drawn.classes), known or _measured_row(entry, measure, drawn, None)
 

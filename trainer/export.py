@@ -15,8 +15,8 @@ from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from data_shards import ranks
 from data_shards.files import content_record, fsync_directory, json_text, read_json_object, write_durable
-from trainer import dist
 from trainer.config import Prediction, ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
@@ -42,7 +42,7 @@ def export_job(path: Path, options: Options) -> int:
     Hub repository, owner/name).
     A push that fails is reported and ends with 1; the export itself stays.
     Raises: ValueError for a bad source or target."""
-    if not dist.is_rank_0():
+    if not ranks.is_rank_0():
         return 0
     steps, push = optional_integer(options, "steps"), optional_text(options, "push")
     if (path / "model_index.json").exists():

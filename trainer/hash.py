@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer import dist
+from data_shards import ranks
 from trainer.chain import read_chain
 from trainer.checkpoint import read_tensors
 from trainer.manifest import newest_checkpoint
@@ -81,7 +81,7 @@ def hash_job(path: Path, _: Options) -> int:
     """Write the three lines of `halfstep hash RUN_DIR` to stdout: weights, ema, samples. Returns the exit code.
 
     Raises: ValueError if there is no run with a checkpoint at `path`."""
-    if dist.is_rank_0():
+    if ranks.is_rank_0():
         hashes = hash_run(path)
         sys.stdout.write(f"weights {hashes.weights}\nema {hashes.ema}\nsamples {hashes.samples}\n")
         sys.stdout.flush()

@@ -8,11 +8,11 @@ from typing import final
 
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.index import ShardIndex
 from data_shards.plan import Plan
 from data_shards.read import MicroBatches, loader
 from data_shards.sample import MicroBatch
-from trainer import dist
 from trainer.checkpoint import Piece
 from trainer.config import RunConfig, identity
 from trainer.draws import draw
@@ -103,10 +103,10 @@ class Loop:
         if step < self.config.train.steps:
             logger.info("stopped at step %d of %d; the same command goes on from there", step, self.config.train.steps)
             return CALL_AGAIN
-        self.watch.phase("export" if dist.is_rank_0() else "end", step)
-        if dist.is_rank_0():
+        self.watch.phase("export" if ranks.is_rank_0() else "end", step)
+        if ranks.is_rank_0():
             export_run(self.run_dir)
-        dist.barrier()
+        ranks.barrier()
         return DONE
 
     def _take_steps(self) -> int:
@@ -158,7 +158,7 @@ class Loop:
                 )
             boundary = now
             step += 1
-            if ended == dist.world_size():
+            if ended == ranks.world_size():
                 self._end_save(step)
 
     def _counts(self, step: int, result: StepResult, limit: float | None) -> bool:
@@ -178,15 +178,15 @@ class Loop:
 
     def _open(self) -> None:
         config, start_step = self.config, self.start_step
-        if dist.is_rank_0():
+        if ranks.is_rank_0():
             cut_ledgers(self.run_dir, before_step=start_step)
-        dist.barrier()
-        self.ledger = Ledger(self.run_dir, dist.rank(), max_bad_samples=config.data.max_bad_samples)
+        ranks.barrier()
+        self.ledger = Ledger(self.run_dir, ranks.rank(), max_bad_samples=config.data.max_bad_samples)
         numeric = config.numeric
         self.bad_steps = BadSteps(self.run_dir, start_step=start_step, action=numeric.on_bad_step, budget=numeric.max_bad_steps)
-        dist.barrier()  # all have counted before one writes
+        ranks.barrier()  # all have counted before one writes
         self.reporter = None
-        if dist.is_rank_0():
+        if ranks.is_rank_0():
             self.reporter = Reporter(
                 self.run_dir,
                 start_step=start_step,
@@ -197,12 +197,12 @@ class Loop:
             )
 
     def _workload(self) -> Workload:
-        peak = peak_flops(dist.device(), self.config.engine.precision)
+        peak = peak_flops(ranks.device(), self.config.engine.precision)
         return Workload(
             images=self.config.data.global_batch_size,
             flops_per_image=self.task.flops_per_image,
-            peak_flops=peak and peak * dist.world_size(),
-            device=dist.device(),
+            peak_flops=peak and peak * ranks.world_size(),
+            device=ranks.device(),
         )
 
     def _batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
@@ -219,16 +219,16 @@ class Loop:
                 dataset,
                 start_step=start_step,
                 stop_step=stop_step,
-                indices=dist.share(self.config.micro_batches),
+                indices=ranks.share(self.config.micro_batches),
                 workers=data.workers,
-                pin=dist.device().type == "cuda",
+                pin=ranks.device().type == "cuda",
             )
         )
 
     def _losses(self, batches: Iterator[MicroBatch], step: int) -> Iterator[LossPerImage]:
         """This rank's micro-batches of one step, as functions of the denoiser."""
-        config, device = self.config, dist.device()
-        for index in dist.share(config.micro_batches):
+        config, device = self.config, ranks.device()
+        for index in ranks.share(config.micro_batches):
             self.watch.phase("data", step)
             waited = time.perf_counter()
             batch = next(batches)
@@ -254,7 +254,7 @@ class Loop:
 
     def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
         """Read a step's micro-batches without using them."""
-        for _ in dist.share(self.config.micro_batches):
+        for _ in ranks.share(self.config.micro_batches):
             next(batches)
 
     def _save(self, step: int) -> None:
@@ -264,7 +264,7 @@ class Loop:
         self.watch.phase("stage", step)
         losses, self.losses_since_save = self.losses_since_save, []
         facts = {
-            "world_size": dist.world_size(),
+            "world_size": ranks.world_size(),
             "engine": self.config.engine.kind,
             "descriptor": self.task.descriptor.to_json(),
             "ema_decays": [self.config.ema.decay, *self.config.ema.more_decays],

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, final
 
+from data_shards import ranks
 from data_shards.files import replace_file
-from trainer import dist
 from trainer.engines.engine import NumericError, StepResult
 
 _WARM_UP_STEPS = 20
@@ -59,9 +59,9 @@ class BadSteps:
         kept = [line for line in lines if line["action"] == "roll_back" or (line["action"] == "skip" and line["step"] < start_step)]
         self.left_out = frozenset(line["step"] for line in kept if line["action"] == "roll_back")
         self.count = len({line["step"] for line in kept})
-        dist.barrier()  # all have read before one writes
+        ranks.barrier()  # all have read before one writes
         kept_text = "".join(json.dumps(line) + "\n" for line in kept)
-        if dist.is_rank_0() and text != kept_text:
+        if ranks.is_rank_0() and text != kept_text:
             replace_file(self.path, kept_text)
 
     def add(self, step: int, result: StepResult, *, loss_limit: float | None, keys: Mapping[int, Sequence[str]]) -> None:
@@ -78,11 +78,11 @@ class BadSteps:
             bad = list(range(len(result.losses)))
             what = "the gradient is not finite (all losses are)"
         own = {index: list(keys[index]) for index in bad if index in keys}
-        gathered = [json.loads(text) for text in dist.all_gather_text(json.dumps(own))]
+        gathered = [json.loads(text) for text in ranks.all_gather_text(json.dumps(own))]
         samples = {index: names for entry in gathered for index, names in entry.items()}
         self.count += 1
         spent = self.action != "stop" and self.count > self.budget
-        if dist.is_rank_0():
+        if ranks.is_rank_0():
             line = {"step": step, "action": "stop" if spent else self.action, "reason": what, "samples": samples}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -16,8 +16,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.files import replace_file
-from trainer import dist
 from trainer.chain import read_chain
 from trainer.config_sections import Sampler
 from trainer.manifest import newest_checkpoint
@@ -128,11 +128,11 @@ def picture_row(entry: Entry, home: Path) -> PictureRow:
     precision = entry.source.recipe.engine.precision
     facts = {"weights_sha256": entry.source.weights_sha256, "sampler": entry.sampler, "precision": precision, "seed": PICTURES_SEED}
     row = _read(path, entry, facts)
-    if dist.any_rank(row is None):
+    if ranks.any_rank(row is None):
         row = _draw(entry)
-        if dist.is_rank_0():
+        if ranks.is_rank_0():
             _write(path, row, facts)
-        dist.barrier()
+        ranks.barrier()
     assert row is not None, "all ranks read the row or all have drawn it"
     return row
 
@@ -160,19 +160,19 @@ def overview_picture(pictures: Sequence[PictureRow]) -> Image.Image:
 
 def predictor(entry: Entry) -> Denoiser:
     """An entry's network on this rank's device, as a plain function."""
-    return denoiser_on(entry.source.model, dist.device(), precision=entry.source.recipe.engine.precision)
+    return denoiser_on(entry.source.model, ranks.device(), precision=entry.source.recipe.engine.precision)
 
 
 def warm_up(entry: Entry) -> None:
     """One small forward, so that what a process does only once is not measured."""
     predict = predictor(entry)
-    draw_share(predict, entry.source, steps=1, seed=PICTURES_SEED, indices=range(1), device=dist.device())
+    draw_share(predict, entry.source, steps=1, seed=PICTURES_SEED, indices=range(1), device=ranks.device())
 
 
 def rank_seconds_per_image(seconds: float, images: int) -> float:
     """Seconds that all processes took together, over the images they drew. Collective."""
-    totals = dist.all_gather_tensor(
-        torch.tensor([seconds if images else 0.0, float(images)], dtype=torch.float64, device=dist.device())
+    totals = ranks.all_gather_tensor(
+        torch.tensor([seconds if images else 0.0, float(images)], dtype=torch.float64, device=ranks.device())
     ).sum(dim=0)
     return float(totals[0] / totals[1])
 
@@ -184,7 +184,7 @@ def _draw(entry: Entry) -> PictureRow:
     started = time.perf_counter()
     images = draw_on_ranks(predict, entry.source, steps=entry.steps, seed=PICTURES_SEED, count=PICTURES, sampler=entry.sampler)
     seconds = time.perf_counter() - started
-    mine = len(dist.share(PICTURES))
+    mine = len(ranks.share(PICTURES))
     return PictureRow(entry.model, entry.steps, entry.sampler, images, rank_seconds_per_image(seconds, mine))
 
 

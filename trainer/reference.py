@@ -16,12 +16,12 @@ from jaxtyping import Float, Float64
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.faces import FacesSource
 from data_shards.files import fsync_directory, json_text, read_json_object, replace_file, write_durable
 from data_shards.index import ShardIndex
 from data_shards.pack import pack
 from data_shards.read import read_all
-from trainer import dist
 from trainer.feature_net import (
     ARCHITECTURE,
     UPDATES,
@@ -79,9 +79,9 @@ class Reference:
 
 def prepare_measure(index: ShardIndex, cache: Path, *, training: NetTraining = DEFAULT_TRAINING) -> tuple[NamedFeatureNet, Reference]:
     """Feature net and statistics of reference images, made by rank 0 and read by the others. Collective."""
-    if dist.is_rank_0():
+    if ranks.is_rank_0():
         prepare_reference(index, prepare_feature_net(index, cache, training=training), cache)
-    dist.barrier()
+    ranks.barrier()
     net = prepare_feature_net(index, cache, training=training)
     return net, prepare_reference(index, net, cache)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from data_shards import ranks
 from data_shards.files import read_json_object, replace_file
-from trainer import dist
 from trainer.chain import read_chain
 from trainer.config import DenoisingConfig, ProgressiveDistillationConfig
 from trainer.config_io import load_recipe
@@ -40,7 +40,7 @@ def report_job(path: Path, options: Options) -> int:
         if not any((directory / name).exists() for name in ("chain.json", "recipe.yaml")):
             raise ValueError(f"{directory}: neither a RUN_DIR, a chain's directory nor an export; give one that halfstep wrote")
     pictures = [draw_pictures(directory) for directory in directories]
-    if dist.is_rank_0():
+    if ranks.is_rank_0():
         names = _names(directories)
         subjects = [gather(each, name=name, pictures=drawn) for each, name, drawn in zip(directories, names, pictures, strict=True)]
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def report_job(path: Path, options: Options) -> int:
             replace_file(out.with_name("grid.png"), png(overview_picture(first_grid)))
         replace_file(out, page(subjects))
         logger.info("%s: %s", out, ", ".join(names))
-    dist.barrier()
+    ranks.barrier()
     return 0
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Float, Float64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.files import replace_file
-from trainer import dist, stages
+from trainer import stages
 from trainer.config_sections import Sampler
 from trainer.descriptor import Descriptor
 from trainer.diffusion.sampler import draw_noise, sample, sampling_grid
@@ -58,10 +59,10 @@ def sample_job(path: Path, options: Options) -> int:
     steps = steps or source.descriptor.step_count
     started = time.perf_counter()
     images = draw_on_ranks(
-        denoiser_on(source.model, dist.device()), source, steps=steps, seed=seed, count=count, sampler=sampler, batch_size=batch_size
+        denoiser_on(source.model, ranks.device()), source, steps=steps, seed=seed, count=count, sampler=sampler, batch_size=batch_size
     )
     seconds = time.perf_counter() - started
-    if dist.is_rank_0():
+    if ranks.is_rank_0():
         written = write_images(out, images)
         sampler = sampler or source.descriptor.sampler
         logger.info("%s: %d images of seed %d in %d %s steps, %.1f seconds", written, count, seed, steps, sampler, seconds)
@@ -131,7 +132,7 @@ def draw_images(
 
     sampler: None for the one that the model was made for. Moves the model to `device` (default: this rank's).
     Raises: ValueError if the model has fewer than `steps` levels."""
-    device = device or dist.device()
+    device = device or ranks.device()
     predict = denoiser_on(source.model, device)
     return draw_share(
         predict, source, steps=steps, seed=seed, indices=range(start, start + count), sampler=sampler, batch_size=batch_size, device=device
@@ -184,13 +185,13 @@ def draw_on_ranks(
     """Images 0 ... count - 1 of `seed` on every rank, each rank having drawn a contiguous share. Collective."""
     # Shares differ by one at most. All ranks draw as many images as the longest has: a gather wants equal shapes, and a network
     # that is shared among the ranks wants equally many calls. What a shorter share draws beyond its end is cut again.
-    first, longest = dist.share(count).start, -(-count // dist.world_size())
+    first, longest = ranks.share(count).start, -(-count // ranks.world_size())
     indices = range(first, first + longest)
     drawn = draw_share(
-        predict, levels, steps=steps, seed=seed, indices=indices, sampler=sampler, batch_size=batch_size, device=dist.device()
+        predict, levels, steps=steps, seed=seed, indices=indices, sampler=sampler, batch_size=batch_size, device=ranks.device()
     )
-    gathered = dist.all_gather_tensor(drawn.to(dist.device())).cpu()
-    bounds = [count * number // dist.world_size() for number in range(dist.world_size() + 1)]
+    gathered = ranks.all_gather_tensor(drawn.to(ranks.device())).cpu()
+    bounds = [count * number // ranks.world_size() for number in range(ranks.world_size() + 1)]
     return torch.cat([part[: last - first] for part, (first, last) in zip(gathered, pairwise(bounds), strict=True)])
 
 

@@ -13,8 +13,8 @@ from typing import final
 
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.files import fsync_directory, write_durable
-from trainer import dist
 from trainer.checkpoint import Piece, Staging, agree_on_pieces, file_name, tensors_record
 from trainer.engines.engine import Shard, State
 from trainer.manifest import SCHEMA_VERSION, Retention, checkpoints_folder, delete, note_latest, read_checkpoint, seal, verify_files
@@ -45,13 +45,13 @@ class Saver:
         """before_commit: makes durable, on every rank, what the checkpoint refers to. progress: told what a save is doing.
 
         may_commit: asked by rank 0 just before the rename: whether this job still owns the run. Collective."""
-        self.parent = checkpoints_folder(run_dir) if dist.is_rank_0() else run_dir / "checkpoints"
+        self.parent = checkpoints_folder(run_dir) if ranks.is_rank_0() else run_dir / "checkpoints"
         self.run_dir, self.pieces, self.retention, self.asynchronous = run_dir, pieces, retention, asynchronous
         self.before_commit, self.progress, self.may_commit = before_commit, progress, may_commit
         self.staging = Staging(state, pieces)
-        self.group = dist.new_cpu_group(timeout_seconds=timeout_seconds)
-        [self.name, *_] = dist.all_gather_text(uuid.uuid4().hex)
-        sizes = [int(text) for text in dist.all_gather_text(str(self.staging.size_bytes))]
+        self.group = ranks.new_cpu_group(timeout_seconds=timeout_seconds)
+        [self.name, *_] = ranks.all_gather_text(uuid.uuid4().hex)
+        sizes = [int(text) for text in ranks.all_gather_text(str(self.staging.size_bytes))]
         self.needed_bytes = sum(sizes)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -93,7 +93,7 @@ class Saver:
     def close(self) -> None:
         """Give the process group back; no save is on its way. Collective."""
         assert self.thread is None, "finish comes first"
-        dist.destroy_group(self.group)
+        ranks.destroy_group(self.group)
 
     def _run(self, step: int, facts: Facts) -> None:
         try:
@@ -119,12 +119,12 @@ class Saver:
         except Exception as error:
             number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
             what = (error.strerror or str(error)) if isinstance(error, OSError) else repr(error)
-            report = {"errno": number, "error": f"rank {dist.rank()} cannot save {self.parent / f'step_{step:06d}'}: {what}"}
-        reports = [json.loads(text) for text in dist.all_gather_text(json.dumps(report), group=self.group)]
+            report = {"errno": number, "error": f"rank {ranks.rank()} cannot save {self.parent / f'step_{step:06d}'}: {what}"}
+        reports = [json.loads(text) for text in ranks.all_gather_text(json.dumps(report), group=self.group)]
         failed = next((report for report in reports if "error" in report), None)
         if failed is None:
             return reports
-        if dist.is_rank_0():
+        if ranks.is_rank_0():
             for path in self.parent.glob(f"*.tmp-{self.name}"):
                 shutil.rmtree(path, ignore_errors=True)
         if not failed["errno"]:
@@ -137,14 +137,14 @@ class Saver:
 
     def _write_own(self, temporary: Path) -> Mapping[str, int | str]:
         self.before_commit()
-        if dist.is_rank_0() and shutil.disk_usage(self.parent).free < self.needed_bytes:
+        if ranks.is_rank_0() and shutil.disk_usage(self.parent).free < self.needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir(parents=True, exist_ok=True)
-        return self.staging.write(temporary / file_name(dist.rank()))
+        return self.staging.write(temporary / file_name(ranks.rank()))
 
     def _commit(self, step: int, temporary: Path, facts: Facts) -> Mapping[str, int | str]:
         """On rank 0: manifest, fsync, rename, fsync of the parent; then what need not stay is deleted."""
-        if not dist.is_rank_0():
+        if not ranks.is_rank_0():
             return {}
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, **facts, "tensors": tensors_record(self.pieces)}
         write_durable(temporary / "manifest.json", seal(manifest).encode())

@@ -9,7 +9,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from trainer import dist
+from data_shards import ranks
 from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
@@ -57,7 +57,7 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
 
     Raises: ValueError where they do not fit each other or the teacher."""
     seed_weights(config.seed)
-    alpha_bar = build_alpha_bar(config.noise_schedule).to(dist.device())
+    alpha_bar = build_alpha_bar(config.noise_schedule).to(ranks.device())
     module = build_tiny_unet(config.model, image_size)
     use_logical_dropout(module)
     attention = _set_up(module, config)
@@ -76,7 +76,7 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
             timesteps, teacher_sha256, sampler = halve(levels), teacher.weights_sha256, objective.sampler
             _set_up(teacher.model, config)
             frozen = place_frozen(teacher.model, shard_units(teacher.model), shard_above_gib=config.engine.shard_frozen_above_gib)
-            loss = _halving(objective, denoiser(frozen), HalvingGrid.build(alpha_bar, levels, device=dist.device()))
+            loss = _halving(objective, denoiser(frozen), HalvingGrid.build(alpha_bar, levels, device=ranks.device()))
             forwards += _TEACHER_FORWARDS
     descriptor = Descriptor(
         prediction_type=config.objective.prediction,
@@ -105,7 +105,7 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
 
 def _set_up(model: UNet2DModel, config: RunConfig) -> Kernels:
     precision = lower_type(config.engine.precision)
-    return use_attention(model, config.engine.attention, dist.device(), **({} if precision is None else {"dtype": precision}))
+    return use_attention(model, config.engine.attention, ranks.device(), **({} if precision is None else {"dtype": precision}))
 
 
 def _denoising(objective: DenoisingConfig, alpha_bar: Tensor) -> Objective:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data_shards import ranks
 from data_shards.index import ShardIndex
-from trainer import dist
 from trainer.checkpoint import Piece, agree_on_pieces, agreed_checkpoint, load_state
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
@@ -73,7 +73,7 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
     pieces = agree_on_pieces(engine.state())
     if checkpoint:
         restore(engine, checkpoint, task, pieces)
-    if dist.is_rank_0():
+    if ranks.is_rank_0():
         sweep_leftovers(run_dir)
         record_devices(
             run_dir, attention=task.attention, engine=config.engine.model_dump(mode="json"), deterministic=config.engine.deterministic
@@ -155,12 +155,12 @@ def _checkpoint_to_resume(run_dir: Path, *, allow_fresh: bool) -> Checkpoint | N
 
 def _record_attempt(run_dir: Path, start_step: int, *, previous_end: str | None, start_up_seconds: Mapping[str, float]) -> None:
     """Add this attempt to attempts.jsonl; start_up_seconds: of rank 0, by phase. Collective."""
-    hosts = dist.all_gather_text(socket.gethostname())
-    if dist.is_rank_0():
+    hosts = ranks.all_gather_text(socket.gethostname())
+    if ranks.is_rank_0():
         attempt = {
             "step": start_step,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "world_size": dist.world_size(),
+            "world_size": ranks.world_size(),
             "hosts": sorted(set(hosts)),
             "launcher": os.environ.get("HALFSTEP_LAUNCHER", "none"),
             "job_id": os.environ.get("HALFSTEP_JOB_ID"),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from data_shards import ranks
 from data_shards.files import fsync_directory, write_durable
-from trainer import dist
 
 _FOLDER = "heartbeats"
 PATIENCE_SECONDS = 65.0
@@ -22,15 +22,15 @@ def check_visible(run_dir: Path, *, patience_seconds: float = PATIENCE_SECONDS) 
 
     patience_seconds: how long a token may take to appear.
     Raises: ValueError on all ranks, naming a host that sees another folder at this path, or none."""
-    if dist.world_size() == 1:
+    if ranks.world_size() == 1:
         return
-    mine = run_dir / _FOLDER / f"token_{dist.rank()}_{uuid.uuid4().hex}"
+    mine = run_dir / _FOLDER / f"token_{ranks.rank()}_{uuid.uuid4().hex}"
     trouble = _leave(run_dir, mine)
-    tokens = dist.all_gather_text(mine.name)
-    hosts = dist.all_gather_text(socket.gethostname())
-    troubles = dist.all_gather_text(trouble)
+    tokens = ranks.all_gather_text(mine.name)
+    hosts = ranks.all_gather_text(socket.gethostname())
+    troubles = ranks.all_gather_text(trouble)
     unseen = [] if any(troubles) else _unseen(mine.parent, tokens, patience_seconds)
-    missed = [[int(number) for number in text.split()] for text in dist.all_gather_text(" ".join(map(str, unseen)))]
+    missed = [[int(number) for number in text.split()] for text in ranks.all_gather_text(" ".join(map(str, unseen)))]
     with suppress(OSError):
         mine.unlink()
     if found := at_fault(troubles, missed, hosts):

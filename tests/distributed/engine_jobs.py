@@ -7,7 +7,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from trainer import dist
+from data_shards import ranks
 from trainer.checkpoint import agree_on_pieces
 from trainer.config import EmaConfig, OptimConfig, TinyUNetConfig
 from trainer.engines.deepspeed_zero import DeepSpeedZero
@@ -67,7 +67,7 @@ def use_a_large_frozen_model() -> list[float]:
         frozen = place_frozen(model, shard_units(model), shard_above_gib=shard_above_gib)
         whole = sum(parameter.numel() for parameter in network(Options("replicated")).parameters())
         held = sum(_local(parameter).numel() for parameter in frozen.parameters())
-        assert held == whole if shard_above_gib == 1.0 else held < 0.6 * whole, f"{held} of {whole} weights on rank {dist.rank()}"
+        assert held == whole if shard_above_gib == 1.0 else held < 0.6 * whole, f"{held} of {whole} weights on rank {ranks.rank()}"
         with torch.no_grad():
             outputs.append(denoiser(frozen)(x_t, timestep).abs().mean().item())
     return outputs
@@ -128,7 +128,7 @@ def network(options: Options) -> UNet2DModel:
 
 def losses(step: int) -> Iterator[LossPerImage]:
     """This rank's micro-batches of one step."""
-    for index in dist.share(MICRO_BATCHES):
+    for index in ranks.share(MICRO_BATCHES):
         stream = torch.Generator().manual_seed(MICRO_BATCHES * step + index)
         x, timestep = torch.randn(IMAGES, 3, SIDE, SIDE, generator=stream), torch.rand(IMAGES, generator=stream) * 1000
         torch.manual_seed(MICRO_BATCHES * step + index)  # dropout

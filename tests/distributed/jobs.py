@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_shards import ranks
 from data_shards.index import ShardIndex
-from trainer import dist
 from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, read_tensors
 from trainer.config_io import load_recipe
 from trainer.stop import StopRequest
@@ -22,7 +22,7 @@ HANG_SECONDS = 100.0
 def train_run(run_dir: str) -> int:
     """Train the run to its end; returns the worker's exit code. Collective."""
     path = Path(run_dir)
-    watch = Watch(path, rank=dist.rank(), world_size=dist.world_size(), limit_seconds=HANG_SECONDS)
+    watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=HANG_SECONDS)
     try:
         return train(path, StopRequest(), watch)
     finally:
@@ -37,7 +37,7 @@ def load_run(run_dir: str) -> dict[str, object]:
     path = Path(run_dir)
     config, checkpoint = load_recipe(path / "recipe.yaml", []), agreed_checkpoint(path)
     assert checkpoint is not None, f"{path}: no checkpoint"
-    task = build_task(config, path, ShardIndex.load(path / str(config.data.shards)).image_size)
+    task = build_task(config, path, ShardIndex.load(path / str(config.data.shards)).side())
     engine = build_engine(config, task)
     restore(engine, checkpoint, task, agree_on_pieces(engine.state()))
     different, elements = [], {}
@@ -60,18 +60,18 @@ def _bits(values: Tensor) -> Tensor:
 def sum_over_ranks(value: float) -> tuple[int, float]:
     """This rank and the sum of the ranks' values. Collective."""
     total = torch.tensor(value)
-    dist.all_reduce_sum(total)
-    return dist.rank(), total.item()
+    ranks.all_reduce_sum(total)
+    return ranks.rank(), total.item()
 
 
 def raise_on_rank_1(value: int) -> None:
     """Fail on rank 1 while the others wait for it. Collective."""
-    if dist.rank() == 1:
+    if ranks.rank() == 1:
         raise ValueError(f"rank 1 does not like {value}")
-    dist.barrier()
+    ranks.barrier()
 
 
 def wait_on_rank_0() -> None:
     """Hang on rank 0 alone."""
-    if dist.rank() == 0:
+    if ranks.rank() == 0:
         threading.Event().wait()

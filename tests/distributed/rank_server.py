@@ -9,7 +9,7 @@ import traceback
 from importlib import import_module
 from typing import TextIO
 
-from trainer import dist
+from data_shards import ranks
 
 TIMEOUT_SECONDS = 150.0
 """Of a collective; the pool's own limits come first."""
@@ -19,7 +19,7 @@ def main() -> None:
     """`python -m tests.distributed.rank_server`, with torch's standard variables and HALFSTEP_ANSWERS_FD in the environment."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     jobs, answers = _pipes()
-    dist.init_process_group(timeout_seconds=TIMEOUT_SECONDS)
+    ranks.init_process_group(timeout_seconds=TIMEOUT_SECONDS)
     _answer(answers, {"value": "ready"})
     for line in jobs:
         _answer(answers, _result(line))
@@ -51,7 +51,7 @@ def _result(line: str) -> dict[str, object]:
             raise ValueError(f"{module}: only functions of the tests are run")
         return {"value": getattr(import_module(module), function)(**request["arguments"])}
     except Exception:
-        return {"error": f"rank {dist.rank()}:\n{traceback.format_exc()}"}
+        return {"error": f"rank {ranks.rank()}:\n{traceback.format_exc()}"}
 
 
 def _answer(answers: TextIO, result: dict[str, object]) -> None:

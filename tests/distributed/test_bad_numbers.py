@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from data_shards import ranks
 from launch.run_dir import freeze
 from launch.worker import _exit_code
 from tests.distributed.grid import ENGINES, RECIPE, Grid
 from tests.distributed.jobs import HANG_SECONDS
 from tests.distributed.state import read_state
-from trainer import dist
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
 from trainer.draws import Draws, draw
@@ -70,7 +70,7 @@ def train_with_bad_losses(run_dir: str, *, bad: Bad) -> dict[str, object]:
     def spoiled_task(config: RunConfig, folder: Path, image_size: int) -> Task:
         return _spoiled(build_task(config, folder, image_size), config, bad)
 
-    watch = Watch(path, rank=dist.rank(), world_size=dist.world_size(), limit_seconds=HANG_SECONDS)
+    watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=HANG_SECONDS)
     try:
         with mock.patch("trainer.train.build_task", spoiled_task):
             return {"code": train(path, StopRequest(), watch), "message": ""}
@@ -85,7 +85,7 @@ def _build(config: RunConfig) -> Engine:
 
 
 def _step(engine: Engine, config: RunConfig, step: int, bad: Bad) -> StepResult:
-    losses = [_loss(config, step, index, bad.get(f"{step}/{index}", 1.0)) for index in dist.share(MICRO_BATCHES)]
+    losses = [_loss(config, step, index, bad.get(f"{step}/{index}", 1.0)) for index in ranks.share(MICRO_BATCHES)]
     return engine.step(step, losses, learning_rate=1e-3, votes=(0.0, 0.0), loss_limit=None)
 
 
@@ -107,7 +107,7 @@ def _bits(engine: Engine) -> dict[str, str]:
     for name, parameter in module.named_parameters():
         # ZeRO 3 keeps its part, filled up to equal parts, in ds_tensor, and small parameters whole in the parameter itself.
         own = getattr(parameter, "ds_tensor", None)
-        count = 0 if own is None else max(0, parameter.ds_numel - dist.rank() * own.numel())  # type: ignore[attr-defined]
+        count = 0 if own is None else max(0, parameter.ds_numel - ranks.rank() * own.numel())  # type: ignore[attr-defined]
         parts = {"ds_tensor": None if own is None else own[:count], "data": parameter}
         held |= {f"module {name} {kind}": part for kind, part in parts.items() if part is not None and part.numel()}
     return {name: hashlib.sha256(_row_major(tensor)).hexdigest() for name, tensor in held.items()}

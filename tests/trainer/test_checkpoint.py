@@ -40,7 +40,7 @@ def _write_two_files(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Tensor:
     folder.mkdir(parents=True)
     pieces, files = [Piece("model/w", (7, 11), 0, 40, 0), Piece("model/w", (7, 11), 40, 37, 1)], {}
     for rank, piece in enumerate(pieces):
-        monkeypatch.setattr("trainer.dist.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("data_shards.ranks.rank", lambda rank=rank: rank)
         shard = Shard((7, 11), piece.start, whole.view(-1)[piece.start : piece.start + piece.count])
         staging = Staging({"model": {"w": shard}}, pieces)
         staging.copy()
@@ -149,6 +149,6 @@ def test_a_file_without_the_tensor_that_its_manifest_lists_is_refused(tmp_path: 
 
 
 def test_ranks_whose_shards_leave_a_gap_are_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.dist.all_gather_text", lambda text: [text, text])  # two ranks with the same shards
+    monkeypatch.setattr("data_shards.ranks.all_gather_text", lambda text: [text, text])  # two ranks with the same shards
     with pytest.raises(RuntimeError, match="the ranks' shards do not make whole tensors"):
         agree_on_pieces({"model": {"w": Shard((10,), 0, torch.zeros(9))}})

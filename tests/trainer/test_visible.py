@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import dist, visible
+from trainer import visible
 from trainer.visible import at_fault, check_visible
 
 HOSTS = ["node0", "node1", "node2"]
@@ -47,8 +47,8 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def as_rank_0(*others: Callable[[str], str]) -> None:
         told = iter(others)
-        monkeypatch.setattr(dist, "world_size", lambda: 2)
-        monkeypatch.setattr(visible.dist, "all_gather_text", lambda text: [text, next(told)(text)])
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)
+        monkeypatch.setattr(visible.ranks, "all_gather_text", lambda text: [text, next(told)(text)])
 
     return as_rank_0
 

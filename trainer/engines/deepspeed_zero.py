@@ -13,7 +13,7 @@ from typing import cast, final
 import torch
 from torch import Tensor, nn
 
-from trainer import dist
+from data_shards import ranks
 from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, Outcome, State, StepResult
 from trainer.engines.local_state import LocalState
@@ -36,7 +36,7 @@ def zero_config(*, stage: int, micro_batch_size: int, accumulation: int, cpu_off
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * dist.world_size(),
+        "train_batch_size": micro_batch_size * accumulation * ranks.world_size(),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": cpu_offload and force_own_adam,
@@ -64,7 +64,7 @@ class DeepSpeedZero:
         compile: bool = False,
     ) -> None:
         """Raises: ValueError if DeepSpeed is not installed."""
-        self.module, self.precision, self.micro_batches = module.to(dist.device()).train(), precision, micro_batches
+        self.module, self.precision, self.micro_batches = module.to(ranks.device()).train(), precision, micro_batches
         self.stage, self.gradient_norm = stage, 0.0
         self.memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[memory_format]
         deepspeed = _import_deepspeed()
@@ -73,7 +73,7 @@ class DeepSpeedZero:
         config = zero_config(
             stage=stage,
             micro_batch_size=micro_batch_size,
-            accumulation=micro_batches // dist.world_size(),
+            accumulation=micro_batches // ranks.world_size(),
             cpu_offload=cpu_offload,
             force_own_adam=optimizer is not None,
         )
@@ -96,9 +96,9 @@ class DeepSpeedZero:
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
     ) -> StepResult:
         """See Engine.step."""
-        sums = torch.zeros(self.micro_batches + len(votes), device=dist.device())
+        sums = torch.zeros(self.micro_batches + len(votes), device=ranks.device())
         sums[self.micro_batches :] = torch.tensor(votes)
-        share = dist.share(self.micro_batches)
+        share = ranks.share(self.micro_batches)
         self.local.prepare(step, learning_rate=learning_rate)
         for index, loss_per_image in zip(share, losses, strict=True):
             with autocast(self.precision):
@@ -108,7 +108,7 @@ class DeepSpeedZero:
             sums[index] = loss.detach()
             if index != share[-1]:
                 self.deepspeed.step()
-        dist.all_reduce_sum(sums)
+        ranks.all_reduce_sum(sums)
         numbers = sums.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
         # What stays so if DeepSpeed itself finds that the gradient is not finite: it clears it then, and updates nothing.

@@ -4,21 +4,21 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from trainer import dist
+from data_shards import ranks
 
 
 def place_frozen(module: nn.Module, units: Sequence[nn.Module], *, shard_above_gib: float) -> nn.Module:
     """A frozen model on this rank's device, in evaluation mode; one above `shard_above_gib` is shared among the ranks.
 
     Every forward pass of a shared one is collective; each of `units` is gathered while it computes. It may serve any engine."""
-    module = module.requires_grad_(False).eval().to(dist.device())
+    module = module.requires_grad_(False).eval().to(ranks.device())
     size_bytes = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    if dist.world_size() == 1 or size_bytes <= shard_above_gib * 2**30:
+    if ranks.world_size() == 1 or size_bytes <= shard_above_gib * 2**30:
         return module
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(dist.device().type, (dist.world_size(),))
+    mesh = init_device_mesh(ranks.device().type, (ranks.world_size(),))
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     return module

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer import dist
+from data_shards import ranks
 from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
@@ -40,7 +40,7 @@ class FullySharded:
         """units: parts of the module whose weights are gathered together, in the order of the forward pass; the rest is one more.
 
         replicas: copies of the shards (hybrid sharding); divides the number of ranks."""
-        self.module, self.precision, self.micro_batches = module.to(dist.device()).train(), precision, micro_batches
+        self.module, self.precision, self.micro_batches = module.to(ranks.device()).train(), precision, micro_batches
         self.replicas = replicas
         mesh = shard_mesh(replicas)
         # Weights travel in the precision that autocast would give them anyway; inputs stay as the loss made them.
@@ -65,10 +65,10 @@ class FullySharded:
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
     ) -> StepResult:
         """See Engine.step."""
-        sums = torch.zeros(self.micro_batches + len(votes) + 1, device=dist.device())
+        sums = torch.zeros(self.micro_batches + len(votes) + 1, device=ranks.device())
         # FSDP2 takes the mean over the ranks, the global batch's loss is the mean over all micro-batches.
-        share = self.local.scale.value * dist.world_size() / self.micro_batches
-        for index, loss_per_image in zip(dist.share(self.micro_batches), losses, strict=True):
+        share = self.local.scale.value * ranks.world_size() / self.micro_batches
+        for index, loss_per_image in zip(ranks.share(self.micro_batches), losses, strict=True):
             with autocast(self.precision):
                 loss = loss_per_image(self.denoiser).mean()
             (loss * share).backward()
@@ -79,7 +79,7 @@ class FullySharded:
         sums[self.micro_batches : -1] = torch.tensor(votes)
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         sums[-1] = torch.stack(torch._foreach_norm(gradients)).square().sum() / self.replicas if gradients else 0.0
-        dist.all_reduce_sum(sums)
+        ranks.all_reduce_sum(sums)
         *numbers, squared_norm = sums.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
         gradient_norm = squared_norm**0.5 / self.local.scale.value
@@ -115,12 +115,12 @@ def shard_mesh(replicas: int = 1) -> DeviceMesh:
     """All ranks as `replicas` rows whose ranks share one copy of the weights.
 
     Raises: ValueError if the rows would not be equal. Collective."""
-    if dist.world_size() % replicas:
-        raise ValueError(f"engine.replicas={replicas} does not divide {dist.world_size()} ranks; give a divisor")
-    device = dist.device().type
+    if ranks.world_size() % replicas:
+        raise ValueError(f"engine.replicas={replicas} does not divide {ranks.world_size()} ranks; give a divisor")
+    device = ranks.device().type
     if replicas == 1:
-        return init_device_mesh(device, (dist.world_size(),), mesh_dim_names=("shard",))
-    return init_device_mesh(device, (replicas, dist.world_size() // replicas), mesh_dim_names=("replica", "shard"))
+        return init_device_mesh(device, (ranks.world_size(),), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (replicas, ranks.world_size() // replicas), mesh_dim_names=("replica", "shard"))
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, DTensor]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainer import dist
+from data_shards import ranks
 from trainer.models.tiny_unet import Denoiser
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -17,7 +17,7 @@ def lower_type(precision: str) -> torch.dtype | None:
 def autocast(precision: str) -> torch.autocast:
     """The context for forwards on this rank's device; backwards follow by themselves."""
     dtype = lower_type(precision)
-    return torch.autocast(dist.device().type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return torch.autocast(ranks.device().type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def evaluation(module: nn.Module, predict: Denoiser, precision: str) -> Denoiser:
@@ -40,7 +40,7 @@ def check_precision(precision: str) -> None:
     Raises: ValueError if the device cannot."""
     if precision == "fp32":
         return
-    device = dist.device()
+    device = ranks.device()
     layer = torch.nn.Conv2d(4, 4, 3, device=device)
     # The weights are drawn from the default generator, but the recipe's own are seeded after this.
     try:

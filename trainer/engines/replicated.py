@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import nn
 
-from trainer import dist
+from data_shards import ranks
 from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
@@ -37,15 +37,15 @@ class Replicated:
         votes: int = 1,
         compile: bool = False,
     ) -> None:
-        """micro_batches: how many make the global batch; this rank's share is the dist.share of it. Frozen parameters stay as they are.
+        """micro_batches: how many make the global batch; this rank's share is the ranks.share of it. Frozen parameters stay as they are.
 
         votes: how many numbers `step` adds up beside the losses."""
-        self.module = module.to(dist.device()).train()
+        self.module = module.to(ranks.device()).train()
         self.micro_batches, self.precision = micro_batches, precision
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         places, size = _flat_places(trained, channels_last=memory_format == "channels_last")
-        weights = torch.zeros(size, device=dist.device())
-        self.reduced = torch.zeros(size + micro_batches + votes, device=dist.device())
+        weights = torch.zeros(size, device=ranks.device())
+        self.reduced = torch.zeros(size + micro_batches + votes, device=ranks.device())
         self.gradients, self.tail = self.reduced[:size], self.reduced[size:]
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -68,13 +68,13 @@ class Replicated:
         """See Engine.step."""
         self.reduced.zero_()
         share = self.local.scale.value / self.micro_batches
-        for index, loss_per_image in zip(dist.share(self.micro_batches), losses, strict=True):
+        for index, loss_per_image in zip(ranks.share(self.micro_batches), losses, strict=True):
             with autocast(self.precision):
                 loss = loss_per_image(self.denoiser).mean()
             (loss * share).backward()
             self.tail[index] = loss.detach()
         self.tail[self.micro_batches :] = torch.tensor(votes)
-        dist.all_reduce_sum(self.reduced)
+        ranks.all_reduce_sum(self.reduced)
         norm = torch.linalg.vector_norm(self.gradients)
         numbers = self.tail.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]

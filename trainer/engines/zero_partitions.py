@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer import dist
+from data_shards import ranks
 from trainer.engines.local_state import Place
 
 
@@ -66,6 +66,6 @@ def _place_1_2(parameter: Any) -> Place | None:
 def _place_3(parameter: Any, zero: ZeroOptimizer) -> Place:
     """Stage 3 cuts every parameter into equal parts, the last one filled up."""
     buffer, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-    start = min(dist.rank() * size, parameter.ds_numel)
+    start = min(ranks.rank() * size, parameter.ds_numel)
     count = min(size, parameter.ds_numel - start)
     return Place(tuple(parameter.ds_shape), start, buffer=buffer, offset=offset, count=count)
