@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_shards import ranks
 from trainer import visible
 from trainer.visible import at_fault, check_visible
 
