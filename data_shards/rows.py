@@ -12,7 +12,7 @@ class Row:
     """One row as it is found: its image, and what is known of it.
 
     key: of letters, digits, - and _, of no other sample of the source; image: encoded bytes (JPEG, PNG or WebP, not yet checked), or an
-    RGB image drawn at the wanted size.
+    RGB image drawn at the wanted size; where: its name in messages, such as a path or a table's row ("" for the key).
     """
 
     key: str
@@ -20,6 +20,7 @@ class Row:
     caption: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, str] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class UnreadableRow:
 
     key: str
     reason: str
+    where: str = ""
 
 
 @dataclass(frozen=True)
