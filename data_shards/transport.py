@@ -196,14 +196,15 @@ def _netrc(host: str) -> tuple[str, str] | None:
 def _hub_request(location: Location) -> tuple[str, dict[str, str]]:
     """URL and headers of a file on the Hub, or on the mirror in HF_ENDPOINT; the token is the library's to find."""
     try:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import constants, get_token, hf_hub_url
     except ImportError:
         raise RefusedError(f"{location}: hf:// needs huggingface_hub; pip install 'halfstep[hub]'") from None
     file = location.hub_file()
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     url = hf_hub_url(file.repository, file.path, repo_type=file.kind, revision=file.revision, endpoint=endpoint)
-    return url, dict(build_hf_headers(library_name="halfstep"))
+    # Not build_hf_headers: since 2.x it asks the Hub for a list of agents before anything else, outside our limits.
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return url, {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def _explained(location: Location, status: int) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_shards.store_cases import CONTENT, PATH, Slept
+from data_shards.cache import ShardCache
+from tests.data_shards.store_cases import CONTENT, PATH, SIZE, Slept
 from tests.data_shards.store_server import StoreServer
 
 
@@ -30,3 +31,10 @@ def store(clean_environment: None) -> Iterator[StoreServer]:
 def slept() -> Slept:
     """Collects waits."""
     return Slept()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, slept: Slept) -> Iterator[ShardCache]:
+    """An empty cache with room for four files."""
+    with ShardCache(tmp_path / "cache", 4 * SIZE, policy=slept.policy()) as cache:
+        yield cache

@@ -13,7 +13,21 @@ from typing import Literal, final
 
 HTML = b"<!DOCTYPE html><html><body>Please log in to the guest network</body></html>"
 Kind = Literal[
-    "status", "reset", "short", "stall", "html", "other", "gzip", "redirect", "wrong_range", "no_range", "chunked", "huge", "drop", "body"
+    "status",
+    "body",
+    "html",
+    "other",
+    "gzip",
+    "redirect",
+    "wrong_range",
+    "no_range",
+    "chunked",
+    "huge",
+    "drop",
+    "reset",
+    "short",
+    "stall",
+    "pause",
 ]
 
 
@@ -21,9 +35,10 @@ Kind = Literal[
 class Fault:
     """What one request meets.
 
-    status: `status` with `headers`. redirect: to `to`. reset, short, stall: after `after` bytes of the body. other: `content`
-    under another ETag. no_range: all of it, whatever was asked. wrong_range: a 206 that starts elsewhere. huge: a body that
-    never ends, without a length. drop: no answer at all. body: `content` with `headers` as a plain 200.
+    status: `status` with `headers`. redirect: to `to`. reset, short, stall: after `after` bytes of the body.
+    pause: until `let_go`, after `after` bytes; the rest follows. other: `content` under another ETag.
+    no_range: all of it, whatever was asked. wrong_range: a 206 that starts elsewhere. drop: no answer at all.
+    huge: a body that never ends, without a length. body: `content` with `status` and `headers`.
     """
 
     kind: Kind
@@ -181,6 +196,11 @@ class StoreServer:
         request.end_headers()
         if kind == "chunked":
             content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+        if fault is not None and kind == "pause":
+            request.wfile.write(content[: fault.after])
+            self.stalled.set()
+            self.let_go.wait(10)
+            content = content[fault.after :]
         if fault is not None and kind in ("short", "reset", "stall"):
             content = content[: fault.after]
         request.wfile.write(content)
