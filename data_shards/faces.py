@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_shards.colours import ANCHORS, colour_name, rgb, skin_tone_name
 from data_shards.config import CC0, DEFAULT_BACKGROUND, FACE_STYLES
-from data_shards.source import SourceSample
+from data_shards.rows import Part, Row, even_parts
 
 LICENCE_URLS = {CC0: "https://creativecommons.org/publicdomain/zero/1.0/"}
 CC_BY_URL = "https://creativecommons.org/licenses/by/4.0/"
@@ -196,11 +196,25 @@ class FacesSource:
             "text": meta["license"]["text"],
         }
 
-    def sample(self, number: int, size: int) -> SourceSample:
-        """Face start + number, drawn straight at `size` pixels on its own background."""
+    def parts(self, rows: int) -> Sequence[Part]:
+        """All faces, in order, as parts of `rows` faces."""
+        return even_parts(self.count, rows)
+
+    def read(self, part: Part, size: int | None) -> Iterator[Row]:
+        """Faces start + part.first and on, drawn straight at `size` pixels on their own backgrounds.
+
+        Raises: ValueError if there is no size.
+        """
+        if size is None:
+            raise ValueError("faces are drawn at the wanted size and have none of their own; give one (--size 64)")
+        assert part.count is not None, "parts() says how many faces a part has"
+        return (self.row(number, size) for number in range(part.first, part.first + part.count))
+
+    def row(self, number: int, size: int) -> Row:
+        """Face start + number."""
         face = self.start + number
         svg, attributes, caption = draw_face(self.style, self.seed, face)
-        return SourceSample(key=f"{self.style}_{self.seed}_{face:08d}", image=_raster(svg, size), caption=caption, attributes=attributes)
+        return Row(key=f"{self.style}_{self.seed}_{face:08d}", image=_raster(svg, size), caption=caption, attributes=attributes)
 
 
 def draw_face(style: str, seed: int, face: int, *, options: Mapping[str, object] | None = None) -> tuple[str, dict[str, str], str]:

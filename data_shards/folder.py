@@ -1,19 +1,20 @@
-"""A folder of images, with optional captions in .txt files beside them, as a source of samples."""
+"""A folder of images as a source of rows; captions stand in .txt files beside them, or in the folder's metadata.jsonl."""
 
 import hashlib
-import warnings
-from dataclasses import dataclass
+import json
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from data_shards.colours import rgb
-from data_shards.config import CAPTION_EXTENSION, DEFAULT_BACKGROUND, IMAGE_FORMATS, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
-from data_shards.images import IMAGE_ERRORS
-from data_shards.source import SourceSample
+from data_shards.config import CAPTION_EXTENSION, IMAGE_FORMATS, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
+from data_shards.fit import header_fault
+from data_shards.rows import Part, Row, UnreadableRow, even_parts
 
 LISTED_PROBLEMS = 20
+METADATA_NAME = "metadata.jsonl"  # as `datasets.load_dataset("imagefolder")` reads it
+METADATA_FILE, METADATA_TEXTS = "file_name", ("text", "caption")
 
 
 @final
@@ -21,33 +22,39 @@ LISTED_PROBLEMS = 20
 class FolderSource:
     """Every image below a folder in the order of its path; names the licence as the user states it.
 
-    Raises: ValueError that lists every file whose header, size or caption can't be used, and if there is no image at all.
+    texts: captions by file, from the folder's metadata.jsonl; a .txt beside an image goes before.
     """
 
     folder: Path
     files: tuple[str, ...]
     sizes_bytes: tuple[int, ...]
     licence_name: str = "not stated"
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def scan(cls, folder: str | Path, *, licence: str = "not stated") -> "FolderSource":
-        """Lists the folder and reads every image's header, so that a bad file is known before hours of packing."""
+    def scan(cls, folder: str | Path, *, licence: str = "not stated", skip_bad: bool = False) -> "FolderSource":
+        """Lists the folder and reads every image's header, so that a bad file is known before hours of packing.
+
+        skip_bad: bad files become unreadable rows. Raises: ValueError that lists every file whose header, size or caption can't be
+        used, and if there is no image at all.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; give --source folder DIR")
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_FORMATS and path.is_file())
         if not found:
             raise ValueError(f"{folder} holds no image; wanted files ending in {', '.join('.' + name for name in IMAGE_FORMATS)}")
-        problems = [f"{path}: {problem}" for path in found if (problem := _problem(path)) is not None]
+        problems = [] if skip_bad else [f"{path}: {problem}" for path in found if (problem := _problem(path)) is not None]
         if problems:
             more = f"\n... and {len(problems) - LISTED_PROBLEMS} more" if len(problems) > LISTED_PROBLEMS else ""
             raise ValueError(
-                f"{len(problems)} of {len(found)} images can't be packed; mend or remove them:\n"
+                f"{len(problems)} of {len(found)} images can't be packed; mend or remove them, or go on without such (--on-bad-row skip):\n"
                 + "\n".join(problems[:LISTED_PROBLEMS])
                 + more
             )
         names = tuple(path.relative_to(folder).as_posix() for path in found)
-        return cls(folder, names, tuple(path.stat().st_size for path in found), licence)
+        texts = {file: text for metadata in sorted(folder.rglob(METADATA_NAME)) for file, text in _metadata(metadata, folder)}
+        return cls(folder, names, tuple(path.stat().st_size for path in found), licence, texts)
 
     @property
     def count(self) -> int:
@@ -58,70 +65,54 @@ class FolderSource:
         """The folder's last name, and a hash of its file names and sizes; where it lies is not told."""
         listing = "\n".join(f"{name}\t{size}" for name, size in zip(self.files, self.sizes_bytes, strict=True))
         digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-        return {"kind": "folder", "name": self.folder.resolve().name, "count": self.count, "listing_sha256": digest}
+        texts = hashlib.sha256(json.dumps(self.texts, sort_keys=True).encode()).hexdigest()
+        stated = {"kind": "folder", "name": self.folder.resolve().name, "count": self.count, "listing_sha256": digest}
+        return {**stated, "metadata_sha256": texts} if self.texts else stated
 
     def licence(self) -> dict[str, object]:
         """What the user stated."""
-        return {"name": self.licence_name, "url": None, "creators": [], "attribution_required": None, "text": None}
+        return stated_licence(self.licence_name)
 
-    def sample(self, number: int, size: int) -> SourceSample:
-        """Image `number`: upright, its central square, resized to `size` pixels.
+    def parts(self, rows: int) -> Sequence[Part]:
+        """All images, in order, as parts of `rows` images."""
+        return even_parts(self.count, rows)
 
-        Raises: ValueError naming the file if it can't be decoded.
-        """
-        path = self.folder / self.files[number]
-        try:
-            image = square_image(path, size)
-        except IMAGE_ERRORS as error:
-            raise ValueError(f"{path}: can't be decoded ({error}); mend or remove it") from None
-        caption = _caption(path)
-        return SourceSample(key=f"{number:08d}", image=image, caption=caption, extra={"file": self.files[number]})
-
-
-def square_image(path: Path, size: int) -> Image.Image:
-    """The central square of an image file, upright, on white where it is transparent, as size x size RGB."""
-    with _open(path) as image:
-        # JPEG decodes at a fraction of its size; 3 x leaves Lanczos enough to work on
-        image.draft("RGB", (3 * size, 3 * size))
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode != "RGB":
-            drawn = upright.convert("RGBA")
-            upright = Image.new("RGB", drawn.size, rgb(DEFAULT_BACKGROUND))
-            upright.paste(drawn, mask=drawn)
-        side = min(upright.size)
-        left, top = (upright.width - side) // 2, (upright.height - side) // 2
-        square = upright.crop((left, top, left + side, top + side))
-        return square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    def read(self, part: Part, size: int | None) -> Iterator[Row | UnreadableRow]:
+        """The files of a part and their captions, without surrounding white space."""
+        del size
+        assert part.count is not None, "parts() says how many files a part has"
+        for number in range(part.first, part.first + part.count):
+            path, key = self.folder / self.files[number], f"{number:08d}"
+            try:
+                content = _content(path)
+                caption = _caption(path)
+            except (OSError, ValueError) as error:
+                yield UnreadableRow(key, str(error), str(path))
+                continue
+            if caption is None:
+                caption = self.texts.get(self.files[number])
+            yield Row(key, content, caption, extra={"file": self.files[number]}, where=str(path))
 
 
-def _open(path: Path) -> Image.Image:
-    """Opens an image's header under our limits; Pillow's warning of a bomb is an error here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=_formats())
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_IMAGE_PIXELS} are allowed")
-    return image
+def stated_licence(name: str) -> dict[str, object]:
+    """The licence entry of an index where all that is known is what the user says."""
+    return {"name": name, "url": None, "creators": [], "attribution_required": None, "text": None}
 
 
-def _formats() -> list[str]:
-    return sorted(set(IMAGE_FORMATS.values()))
+def _content(path: Path) -> bytes:
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_IMAGE_BYTES:
+        raise ValueError(f"{size_bytes} bytes, at most {MAX_IMAGE_BYTES} are allowed")
+    return path.read_bytes()
 
 
 def _problem(path: Path) -> str | None:
     """Why a file can't be packed, from its size, header and caption alone."""
-    size_bytes = path.stat().st_size
-    if size_bytes > MAX_IMAGE_BYTES:
-        return f"{size_bytes} bytes, at most {MAX_IMAGE_BYTES} are allowed"
     try:
-        _open(path).close()
         _caption(path)
-    except UnidentifiedImageError:
-        return "not a JPEG, PNG or WebP image"
-    except (Image.DecompressionBombWarning, *IMAGE_ERRORS) as error:
+        return header_fault(path)
+    except (OSError, ValueError) as error:
         return str(error)
-    return None
 
 
 def _caption(image_path: Path) -> str | None:
@@ -135,3 +126,24 @@ def _caption(image_path: Path) -> str | None:
         return path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"its caption {path.name} is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _metadata(path: Path, folder: Path) -> Iterator[tuple[str, str]]:
+    """File, relative to the source's folder, and caption of each line of a metadata.jsonl.
+
+    Raises: ValueError naming the line that is not an object with a file name and a text.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}; mend the line") from None
+            name = entry.get(METADATA_FILE) if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                raise ValueError(f'{path}:{number}: no {METADATA_FILE}; wanted {{"{METADATA_FILE}": "a.png", "text": "..."}}')
+            text = next((entry[key] for key in METADATA_TEXTS if isinstance(entry.get(key), str)), None)
+            if text is not None:
+                yield posixpath.normpath(posixpath.join(path.parent.relative_to(folder).as_posix(), name)), text.strip()

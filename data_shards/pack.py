@@ -2,171 +2,167 @@
 
 import errno
 import fcntl
-import hashlib
 import json
-import multiprocessing
+import logging
 import os
-import zlib
-from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from data_shards.config import (
-    ATTRIBUTES_EXTENSION,
-    CAPTION_EXTENSION,
-    DEFAULT_SAMPLES_PER_SHARD,
-    INDEX_NAME,
-    ImageFormat,
-)
-from data_shards.files import fsync_directory, replace_file
-from data_shards.images import encode_image
-from data_shards.index import Members, Shard, ShardIndex, ShardIndexError, canonical_sha256, index_text, parse_shard
-from data_shards.keyed import permutation
-from data_shards.source import Source, SourceSample
-from data_shards.tar import BLOCK_BYTES, end_bytes, member_bytes
+from data_shards.assemble import Assembly, assemble, select
+from data_shards.config import DEFAULT_SAMPLES_PER_SHARD, INDEX_NAME
+from data_shards.files import replace_file
+from data_shards.filters import Filters
+from data_shards.fit import Crop, Fit, PackFormat
+from data_shards.index import ShardIndex, ShardIndexError, canonical_sha256, index_text
+from data_shards.pack_workers import make_pieces
+from data_shards.pieces import NAMED_ROWS, Piece, PieceJob, kept_piece, load_piece
+from data_shards.prepare import Dedupe, Preparation
+from data_shards.rows import Part, RowSource
 
-PARTIAL_NAME = ".pack"  # in OUT while it is packed: the wanted pack, a lock, and an entry a finished shard
-CHUNK_SAMPLES = 32  # samples a worker makes per task: about 0.1 s of faces
-Progress = Callable[[int, int], None]
+PARTIAL_NAME = ".pack"  # in OUT while it is packed: the wanted pack, a lock, the pieces, and an entry a finished shard
+PART_ROWS = 256  # rows that are done again after a kill, at most, for each worker
+READING, WRITING = "reading", "writing"
+# (pass, samples done, total or None where nobody knows)
+Progress = Callable[[str, int, int | None], None]
 
-
-@dataclass(frozen=True)
-class PackedSample:
-    """One sample as the members of its tar: (extension, content), in the order they are written."""
-
-    key: str
-    members: tuple[tuple[str, bytes], ...]
+logger = logging.getLogger(__name__)
 
 
 def pack(
-    source: Source,
+    source: RowSource,
     out: str | Path,
     *,
-    size: int,
+    size: int | None,
     samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD,
     seed: int = 0,
-    image_format: ImageFormat = "png",
+    image_format: PackFormat = "png",
+    crop: Crop | None = None,
+    max_size: int | None = None,
+    filters: Filters | None = None,
+    dedupe: Dedupe = "off",
+    first_rows: int | None = None,
+    skip_bad_rows: bool = False,
     workers: int = 1,
+    part_rows: int = PART_ROWS,
     progress: Progress | None = None,
 ) -> ShardIndex:
     """Writes the shards of `source` and, last of all, index.json; called again after an interruption it goes on.
 
-    size: side of the images in pixels; workers: processes (1 works in this one); progress: called with samples done, total.
-    A finished OUT is returned as it is. Raises: ValueError if OUT holds another pack; RuntimeError if one is being written.
+    size: side of the images in pixels, None for each its own (max_size: shorter side at most); crop: by default centre where there is
+    a size, else none; first_rows: how many rows to read, None for all; workers: processes (1 works in this one); part_rows: rows a
+    worker reads and commits at a time; progress: called with the pass, rows or samples done, and their total.
+    Needs room for the shards twice. A finished OUT is returned as it is.
+    Raises: ValueError if OUT holds another pack, a row can't be packed (unless those are skipped) or none is left; RuntimeError if one
+    is being written; OSError if the disk is full.
     """
     out = Path(out)
-    if size < 1 or samples_per_shard < 1 or workers < 1:
-        raise ValueError(f"size={size}, samples_per_shard={samples_per_shard} and workers={workers} must each be at least 1")
-    how: dict[str, object] = {"seed": seed, "samples_per_shard": samples_per_shard, "image_format": image_format, "crop": "centre"}
-    wanted: dict[str, object] = {"source": source.describe(), "image_size": size, "pack": how}
+    numbers = {"size": size, "samples_per_shard": samples_per_shard, "first_rows": first_rows, "workers": workers, "part_rows": part_rows}
+    if any(number is not None and number < 1 for number in numbers.values()):
+        given = ", ".join(f"{name}={number}" for name, number in numbers.items() if number is not None)
+        raise ValueError(f"{given} must each be at least 1")
+    fit = Fit(size, image_format, crop or ("none" if size is None else "centre"), max_size)
+    how = Preparation(fit, filters or Filters(), dedupe)
+    wanted: dict[str, object] = {
+        "source": source.describe(),
+        "image_size": size,
+        "pack": {"seed": seed, "samples_per_shard": samples_per_shard, **_stated(how, first_rows)},
+    }
     report = progress or _no_progress
     finished = _finished(out, wanted)
     if finished is not None:
         _remove_partial(out)  # left behind by a kill between the last two lines below
-        report(source.count, source.count)
+        report(WRITING, finished.samples, finished.samples)
         return finished
-    with _locked(out):
+    with _locked(out), _disk_errors_named(out):
         _start(out, wanted)
-        order = permutation(source.count, seed, "pack").tolist()
-        shards = _pack_shards(source, out, order, samples_per_shard, size, image_format, workers, report)
-        text = index_text(image_size=size, licence=source.licence(), source=source.describe(), pack=how, shards=shards)
-        replace_file(out / INDEX_NAME, text.encode())
+        job = PieceJob(source, how, skip_bad_rows, out / PARTIAL_NAME)
+        pieces = _pieces(job, _parts(source, part_rows, first_rows), first_rows, workers, report)
+        index = _assembled(out, wanted, source.licence(), pieces, samples_per_shard, seed, report)
     _remove_partial(out)
+    return index
+
+
+def _stated(how: Preparation, first_rows: int | None) -> dict[str, object]:
+    """What is done to the rows, as the index says it; what is not done is not listed."""
+    optional = {
+        "max_size": how.fit.max_size,
+        "filters": how.filters.to_json() or None,
+        "dedupe": None if how.dedupe == "off" else how.dedupe,
+        "first_rows": first_rows,
+    }
+    return {
+        "image_format": how.fit.image_format,
+        "crop": how.fit.crop,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def _parts(source: RowSource, part_rows: int, first_rows: int | None) -> list[Part]:
+    """The parts of the first rows, or of all."""
+    parts: list[Part] = []
+    left = first_rows
+    for part in source.parts(part_rows):
+        if left is None:
+            parts.append(part)
+            continue
+        if left == 0:
+            break
+        if part.count is None and parts:
+            raise ValueError(f"first_rows={first_rows} can't be counted: this source does not know how many rows a file has; leave it out")
+        parts.append(Part(part.file, part.first, left if part.count is None else min(left, part.count)))
+        left -= parts[-1].count or 0
+    return parts
+
+
+def _pieces(job: PieceJob, parts: Sequence[Part], first_rows: int | None, workers: int, report: Progress) -> list[Piece]:
+    """The first pass: a piece of every part, kept where a whole one is there already."""
+    total = job.source.count if first_rows is None or job.source.count is None else min(first_rows, job.source.count)
+    kept = {number: piece.rows for number, part in enumerate(parts) if (piece := kept_piece(job, number, part)) is not None}
+    done = sum(kept.values())
+    report(READING, done, total)
+    todo = [(number, part) for number, part in enumerate(parts) if number not in kept]
+    make_pieces(job, todo, workers, lambda rows: report(READING, done + rows, total))
+    pieces: list[Piece] = []
+    for number, part in enumerate(parts):
+        piece = load_piece(job.folder, number)
+        if piece is None or piece.part != part:
+            raise RuntimeError(f"{job.folder}: piece {number} was lost after it was written; run the same command again")
+        pieces.append(piece)
+    _name_skipped(pieces)
+    return pieces
+
+
+def _assembled(
+    out: Path,
+    wanted: dict[str, object],
+    licence: dict[str, object],
+    pieces: Sequence[Piece],
+    samples_per_shard: int,
+    seed: int,
+    report: Progress,
+) -> ShardIndex:
+    """The second pass, and the index."""
+    selection = select(pieces)
+    if not selection.count:
+        why = ", ".join(f"{reason} {count}" for reason, count in selection.dropped.items()) or "the source has none"
+        raise ValueError(f"{out}: no row is left to pack ({why}); loosen the filters, or look at the source")
+    size, source, how = wanted["image_size"], wanted["source"], wanted["pack"]
+    assert (size is None or isinstance(size, int)) and isinstance(source, dict) and isinstance(how, dict), "as pack() wrote it"
+    work = Assembly(out, out / PARTIAL_NAME, pieces, selection, samples_per_shard, list_sizes=size is None)
+    shards = assemble(work, seed, lambda done, total: report(WRITING, done, total))
+    result = {**how, "dropped": selection.dropped} if selection.dropped else how
+    text = index_text(image_size=size, licence=licence, source=source, pack=result, shards=shards)
+    replace_file(out / INDEX_NAME, text.encode())
     return ShardIndex.load(out)
 
 
-def shard_name(number: int) -> str:
-    """File name of shard `number`."""
-    return f"shard-{number:06d}.tar"
-
-
-def packed_sample(sample: SourceSample, image_format: ImageFormat) -> PackedSample:
-    """The members of a sample: its image, its caption if it has one, and always its attributes."""
-    texts: dict[str, object] = {**sample.extra, "attributes": dict(sample.attributes)}
-    members: list[tuple[str, bytes]] = [(image_format, encode_image(sample.image, image_format))]
-    if sample.caption is not None:
-        members.append((CAPTION_EXTENSION, sample.caption.encode()))
-        texts["caption"] = sample.caption
-    members.append((ATTRIBUTES_EXTENSION, json.dumps(texts, sort_keys=True).encode()))
-    return PackedSample(sample.key, tuple(members))
-
-
-def write_shard(file: BinaryIO, name: str, samples: Sequence[PackedSample]) -> Shard:
-    """Writes one tar and returns its index entry."""
-    extensions = sorted({extension for sample in samples for extension, _ in sample.members})
-    members = {extension: Members(*(array("q", [-1]) * len(samples) for _ in range(3))) for extension in extensions}
-    digest, offset = hashlib.sha256(), 0
-    for position, sample in enumerate(samples):
-        for extension, content in sample.members:
-            written = member_bytes(f"{sample.key}.{extension}", content)
-            members[extension].offsets[position] = offset + BLOCK_BYTES
-            members[extension].sizes[position] = len(content)
-            members[extension].crc32[position] = zlib.crc32(written)
-            file.write(written)
-            digest.update(written)
-            offset += len(written)
-    end = end_bytes(offset)
-    file.write(end)
-    digest.update(end)
-    return Shard(name, offset + len(end), digest.hexdigest(), tuple(sample.key for sample in samples), members)
-
-
-def _pack_shards(
-    source: Source,
-    out: Path,
-    order: list[int],
-    samples_per_shard: int,
-    size: int,
-    image_format: ImageFormat,
-    workers: int,
-    report: Progress,
-) -> list[Shard]:
-    """Every shard's entry, in order: kept where a whole one is there already, else written."""
-    parts = [order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard)]
-    kept = {number: shard for number in range(len(parts)) if (shard := _kept(out, number, len(parts[number]))) is not None}
-    todo = [number for number in range(len(parts)) if number not in kept]
-    done = sum(shard.samples for shard in kept.values())
-    report(done, len(order))
-    chunks = [part[i : i + CHUNK_SAMPLES] for number in todo for part in (parts[number],) for i in range(0, len(part), CHUNK_SAMPLES)]
-    made = _make(source, chunks, size, image_format, workers)
-    written: dict[int, Shard] = {}
-    for number in todo:
-        samples: list[PackedSample] = []
-        while len(samples) < len(parts[number]):
-            chunk = next(made)
-            samples += chunk
-            done += len(chunk)
-            report(done, len(order))
-        written[number] = _commit_shard(out, number, samples)
-    return [kept.get(number) or written[number] for number in range(len(parts))]
-
-
-def _make(
-    source: Source, chunks: Sequence[Sequence[int]], size: int, image_format: ImageFormat, workers: int
-) -> Iterator[list[PackedSample]]:
-    """The samples of each chunk, in the order of the chunks; with more than one worker, a few chunks ahead."""
-    if workers == 1:
-        yield from (make_samples(source, chunk, size, image_format) for chunk in chunks)
-        return
-    # spawn: a caller may hold threads and locks (torch, rich) that do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead: deque[Future[list[PackedSample]]] = deque()
-        for chunk in chunks:
-            ahead.append(pool.submit(make_samples, source, chunk, size, image_format))
-            if len(ahead) > 4 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def make_samples(source: Source, numbers: Sequence[int], size: int, image_format: ImageFormat) -> list[PackedSample]:
-    """What a worker process does: makes and encodes a chunk of samples."""
-    return [packed_sample(source.sample(number, size), image_format) for number in numbers]
+def _name_skipped(pieces: Sequence[Piece]) -> None:
+    count = sum(piece.dropped.get("unreadable", 0) for piece in pieces)
+    if count:
+        named = [name for piece in pieces for name in piece.unreadable][:NAMED_ROWS]
+        more = f"\n... and {count - len(named)} more" if count > len(named) else ""
+        logger.warning("%d rows can't be packed and are left out:\n%s%s", count, "\n".join(named), more)
 
 
 def _finished(out: Path, wanted: dict[str, object]) -> ShardIndex | None:
@@ -174,7 +170,8 @@ def _finished(out: Path, wanted: dict[str, object]) -> ShardIndex | None:
     if not (out / INDEX_NAME).exists():
         return None
     index = ShardIndex.load(out)
-    found = {"source": index.source, "image_size": index.image_size, "pack": index.pack}
+    how = {name: value for name, value in index.pack.items() if name != "dropped"}
+    found = {"source": index.source, "image_size": index.image_size, "pack": how}
     if canonical_sha256(found) != canonical_sha256(wanted):
         raise ValueError(f"{out} holds other shards ({_difference(found, wanted)}); give another --out, or remove that folder")
     for shard in index.shards:
@@ -201,35 +198,19 @@ def _start(out: Path, wanted: dict[str, object]) -> None:
             raise ValueError(f"{out} is not empty (it holds {strangers[0]}); give another --out")
         replace_file(note, json.dumps(wanted, sort_keys=True, indent=1).encode())
     for left in (*out.glob("*.tmp"), *(out / PARTIAL_NAME).glob("*.tmp")):
-        left.unlink()
+        left.unlink(missing_ok=True)
 
 
-def _kept(out: Path, number: int, samples: int) -> Shard | None:
-    """The entry of a shard that an earlier attempt finished, if its tar still has the right bytes."""
-    entry, path = out / PARTIAL_NAME / f"{shard_name(number)}.json", out / shard_name(number)
-    if not (entry.is_file() and path.is_file()):
-        return None
+@contextmanager
+def _disk_errors_named(out: Path) -> Iterator[None]:
+    """Says of a full disk where it is, and what to do."""
     try:
-        shard = parse_shard(json.loads(entry.read_text(encoding="utf-8")), str(entry))
-    except ValueError:
-        return None  # written whole or not at all, so a damaged entry is a damaged disk: make the shard again
-    with path.open("rb") as file:
-        whole = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-    return shard if whole and shard.samples == samples else None
-
-
-def _commit_shard(out: Path, number: int, samples: Sequence[PackedSample]) -> Shard:
-    """Writes one tar under a temporary name, then its name, then its entry."""
-    path = out / shard_name(number)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        shard = write_shard(file, path.name, samples)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_directory(out)
-    replace_file(out / PARTIAL_NAME / f"{path.name}.json", json.dumps(shard.to_json()).encode())
-    return shard
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = f"{os.strerror(error.errno)}; packing needs room for the shards twice: make room and run the same command again, it goes on"
+        raise OSError(error.errno, what, str(out)) from error
 
 
 @contextmanager
@@ -269,5 +250,5 @@ def _flat(entries: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _no_progress(_done: int, _total: int) -> None:
+def _no_progress(_pass: str, _done: int, _total: int | None) -> None:
     return

@@ -70,3 +70,8 @@ class RowSource(Protocol):
         Raises: ValueError or OSError where the part as a whole can't be read.
         """
         ...
+
+
+def even_parts(count: int, rows: int) -> list[Part]:
+    """Rows 0 .. count-1 of the one file 0 as parts of `rows` rows."""
+    return [Part(0, first, min(rows, count - first)) for first in range(0, count, rows)]

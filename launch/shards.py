@@ -5,21 +5,21 @@ import sys
 from pathlib import Path
 
 from data_shards.index import ShardIndex
-from data_shards.source import Source
-from launch.progress import pack_progress
+from data_shards.rows import RowSource
+from launch.progress import pack_progress, pass_progress
 
 _SHOWN_PROBLEMS = 50
 _SHOWN_VALUES = 6
 DAMAGED = 2
 
 
-def pack_source(source: Source, out: Path, *, size: int, seed: int, workers: int, samples_per_shard: int) -> str:
+def pack_source(source: RowSource, out: Path, *, size: int, seed: int, workers: int, samples_per_shard: int) -> str:
     """Pack a source's images into OUT, shards that are there already being kept; returns a line that says what is there now.
 
     Raises: ValueError if an image cannot be read, or OUT holds another pack."""
-    from data_shards.pack import pack
+    from data_shards.pack import READING, WRITING, pack
 
-    with pack_progress(f"packing {source.count} images") as progress:
+    with pass_progress({READING: f"packing {source.count} images", WRITING: "writing the shards"}) as progress:
         index = pack(source, out, size=size, samples_per_shard=samples_per_shard, seed=seed, workers=workers, progress=progress)
     return _headline(index)
 

@@ -3,32 +3,52 @@
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from data_shards.colours import ANCHORS, colour_name, rgb, skin_tone_name
 from data_shards.config import CC0, FACE_STYLES
 from data_shards.faces import LEFT_OUT, LOOKS, FacesSource, draw_face, words
 
 
+def picture(source: FacesSource, number: int, size: int) -> Image.Image:
+    image = source.row(number, size).image
+    assert isinstance(image, Image.Image)
+    return image
+
+
 @pytest.mark.parametrize("style", FACE_STYLES)
 def test_a_face_is_a_function_of_style_seed_and_number(style: str) -> None:
     source = FacesSource(style, 10, seed=3, allow_attribution=True)
     shifted = FacesSource(style, 4, seed=3, start=2, allow_attribution=True)
-    once, again = source.sample(5, 24), shifted.sample(3, 24)
-    assert once.image.tobytes() == again.image.tobytes()
+    once, again = source.row(5, 24), shifted.row(3, 24)
+    assert picture(source, 5, 24).tobytes() == picture(shifted, 3, 24).tobytes()
     assert (once.key, once.caption, once.attributes) == (again.key, again.caption, again.attributes)
-    assert once.image.size == (24, 24) and once.image.mode == "RGB"
+    assert picture(source, 5, 24).size == (24, 24) and picture(source, 5, 24).mode == "RGB"
+
+
+def test_parts_hold_every_face_once_and_in_order() -> None:
+    source = FacesSource("open-peeps", 10, start=4)
+    parts = source.parts(4)
+    assert [(part.first, part.count) for part in parts] == [(0, 4), (4, 4), (8, 2)]
+    keys = [row.key for part in parts for row in source.read(part, 8)]
+    assert keys == [f"open-peeps_0_{face:08d}" for face in range(4, 14)]
+
+
+def test_faces_have_no_size_of_their_own() -> None:
+    source = FacesSource("open-peeps", 1)
+    with pytest.raises(ValueError, match="have none of their own; give one"):
+        list(source.read(source.parts(1)[0], None))
 
 
 def test_seeds_and_numbers_give_different_faces() -> None:
-    pictures = [FacesSource("open-peeps", 9, seed=seed).sample(i, 16).image.tobytes() for seed in (0, 1) for i in range(9)]
+    pictures = [picture(FacesSource("open-peeps", 9, seed=seed), i, 16).tobytes() for seed in (0, 1) for i in range(9)]
     assert len(set(pictures)) == len(pictures)
 
 
 def test_another_size_is_the_same_face() -> None:
     source = FacesSource("critters", 1)
-    small, large = source.sample(0, 16), source.sample(0, 64)
-    assert small.attributes == large.attributes
-    assert large.image.size == (64, 64)
+    assert source.row(0, 16).attributes == source.row(0, 64).attributes
+    assert picture(source, 0, 64).size == (64, 64)
 
 
 def test_skin_tones_are_uniform() -> None:

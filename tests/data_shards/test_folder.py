@@ -1,15 +1,23 @@
 """A user's folder becomes shards: squares of the wanted size, captions beside them, bad files named before packing."""
 
+import io
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from data_shards.folder import FolderSource, square_image
+from data_shards.fit import Fit, fit_image, open_image
+from data_shards.folder import FolderSource
 from data_shards.index import ShardIndex
 from data_shards.pack import pack
 from data_shards.read import read_all
 from data_shards.verify import verify
+
+
+def square_image(path: Path, size: int) -> Image.Image:
+    content = path.read_bytes()
+    fitted = fit_image(open_image(content), Fit(size), content)
+    return Image.open(io.BytesIO(fitted.content))
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from webdataset.compat import WebDataset
 from data_shards.config import INDEX_NAME, ImageFormat
 from data_shards.faces import FacesSource
 from data_shards.index import ShardIndex, ShardIndexError
-from data_shards.pack import PARTIAL_NAME, pack
+from data_shards.pack import PARTIAL_NAME, READING, WRITING, Progress, pack
 from data_shards.read import read_all
 from data_shards.verify import verify
 
@@ -29,17 +31,31 @@ def packed_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def stopping_at(samples: int) -> Callable[[int, int], None]:
-    def progress(done: int, _total: int) -> None:
-        if done >= samples:
+def stopping_at(name: str, samples: int) -> Progress:
+    def progress(now: str, done: int, _total: int | None) -> None:
+        if now == name and done >= samples:
             raise Stop
 
     return progress
 
 
+def mtimes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix == ".tar"}
+
+
 def test_two_workers_write_the_bytes_that_one_writes(packed: Path, tmp_path: Path) -> None:
-    pack(FACES, tmp_path / "two", size=16, samples_per_shard=12, workers=2)
+    seen: list[int] = []
+    pack(
+        FACES,
+        tmp_path / "two",
+        size=16,
+        samples_per_shard=12,
+        workers=2,
+        part_rows=7,
+        progress=lambda _pass, done, _total: seen.append(done),
+    )
     assert packed_bytes(tmp_path / "two") == packed_bytes(packed)
+    assert seen[-1] == 30
 
 
 def test_nothing_but_shards_and_the_index_is_left(packed: Path) -> None:
@@ -53,35 +69,91 @@ def test_the_order_is_shuffled_over_all_shards_by_the_seed(packed: Path, tmp_pat
     assert keys[0] != keys[1] and keys[0] != sorted(keys[0])
 
 
-def test_an_interrupted_pack_goes_on_and_ends_with_the_same_bytes(packed: Path, tmp_path: Path) -> None:
+def test_a_pack_interrupted_while_reading_goes_on_and_ends_with_the_same_bytes(packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Stop):
-        pack(FACES, out, size=16, samples_per_shard=12, progress=stopping_at(24))
+        pack(FACES, out, size=16, samples_per_shard=12, part_rows=8, progress=stopping_at(READING, 20))
     assert not (out / INDEX_NAME).exists()
+    pieces = mtimes(out / PARTIAL_NAME)
+    assert sorted(pieces) == ["piece-000000.tar", "piece-000001.tar"]
+    seen: list[tuple[str, int, int | None]] = []
+
+    def progress(name: str, done: int, total: int | None) -> None:
+        seen.append((name, done, total))
+        assert {name: at for name, at in mtimes(out / PARTIAL_NAME).items() if name in pieces} == pieces
+
+    pack(FACES, out, size=16, samples_per_shard=12, part_rows=8, progress=progress)
+    assert seen[0] == (READING, 16, 30) and (READING, 30, 30) in seen and seen[-1] == (WRITING, 30, 30)
+    assert packed_bytes(out) == packed_bytes(packed)
+
+
+def test_a_pack_interrupted_while_writing_keeps_the_shards_that_it_wrote(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        pack(FACES, out, size=16, samples_per_shard=12, part_rows=8, progress=stopping_at(WRITING, 12))
     first = (out / "shard-000000.tar").stat().st_mtime_ns
-    seen: list[tuple[int, int]] = []
-    pack(FACES, out, size=16, samples_per_shard=12, progress=lambda done, total: seen.append((done, total)))
-    assert seen[0] == (12, 30) and seen[-1] == (30, 30)
+    seen: list[tuple[str, int, int | None]] = []
+    pack(FACES, out, size=16, samples_per_shard=12, part_rows=8, progress=lambda *now: seen.append(now))
+    assert [done for name, done, _ in seen if name == READING] == [30]
     assert (out / "shard-000000.tar").stat().st_mtime_ns == first
     assert packed_bytes(out) == packed_bytes(packed)
 
 
-def test_a_shard_damaged_during_an_interruption_is_made_again(packed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Stop):
-        pack(FACES, out, size=16, samples_per_shard=12, progress=stopping_at(30))
-    (out / "shard-000000.tar").write_bytes(b"\0" * 10)
-    (out / PARTIAL_NAME / "shard-000001.tar.json").write_text("{")
-    (out / "shard-000002.tar.tmp").write_bytes(b"half")
-    pack(FACES, out, size=16, samples_per_shard=12)
+KILLED = """
+import os, signal, sys
+from data_shards.faces import FacesSource
+from data_shards.pack import pack
+
+def progress(name, done, total):
+    if name == sys.argv[2] and done >= int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    pack(FacesSource("open-peeps", 30), sys.argv[1], size=16, samples_per_shard=12, part_rows=4, workers=2, progress=progress)
+"""
+
+
+@pytest.mark.parametrize(("name", "samples"), [(READING, 9), (WRITING, 12)])
+def test_a_killed_pack_of_two_workers_goes_on_and_ends_with_the_same_bytes(name: str, samples: int, packed: Path, tmp_path: Path) -> None:
+    script, out = tmp_path / "killed.py", tmp_path / "out"
+    script.write_text(KILLED)
+    # the workers hold the other end of the pipe: it closes when they have ended too, so none is left over
+    ran = subprocess.run([sys.executable, script, out, name, str(samples)], capture_output=True, timeout=60, check=False)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+    assert (out / PARTIAL_NAME / "wanted.json").exists() and not (out / INDEX_NAME).exists()
+    pack(FACES, out, size=16, samples_per_shard=12, part_rows=4)
     assert packed_bytes(out) == packed_bytes(packed)
 
 
+def test_what_was_damaged_during_an_interruption_is_made_again(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        pack(FACES, out, size=16, samples_per_shard=12, part_rows=8, progress=stopping_at(WRITING, 30))
+    (out / "shard-000000.tar").write_bytes(b"\0" * 10)
+    (out / PARTIAL_NAME / "shard-000001.tar.json").write_text("{")
+    (out / "shard-000002.tar.tmp").write_bytes(b"half")
+    piece = out / PARTIAL_NAME / "piece-000001.tar"
+    piece.write_bytes(bytes([piece.read_bytes()[0] ^ 1, *piece.read_bytes()[1:]]))
+    (out / PARTIAL_NAME / "piece-000002.tar.json").write_text("{}")
+    pack(FACES, out, size=16, samples_per_shard=12, part_rows=8)
+    assert packed_bytes(out) == packed_bytes(packed)
+
+
+def test_a_piece_that_changes_between_the_passes_is_not_packed(tmp_path: Path) -> None:
+    def progress(name: str, done: int, _total: int | None) -> None:
+        if (name, done) == (WRITING, 0):
+            piece = tmp_path / PARTIAL_NAME / "piece-000000.tar"
+            piece.write_bytes(piece.read_bytes().replace(b"open-peeps", b"open-peepz"))
+
+    with pytest.raises(RuntimeError, match=r"piece-000000\.tar: sample 'open-peeps.*was changed since.*run the same command again"):
+        pack(FACES, tmp_path, size=16, samples_per_shard=12, progress=progress)
+
+
 def test_a_finished_pack_is_returned_as_it_is(damaged: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int | None]] = []
     before = packed_bytes(damaged)
-    index = pack(FACES, damaged, size=16, samples_per_shard=12, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(30, 30)] and packed_bytes(damaged) == before
+    index = pack(FACES, damaged, size=16, samples_per_shard=12, progress=lambda *now: seen.append(now))
+    assert seen == [(WRITING, 30, 30)] and packed_bytes(damaged) == before
     assert index.sha256 == ShardIndex.load(damaged).sha256
 
 
@@ -94,7 +166,7 @@ def test_another_pack_in_the_same_folder_is_refused_with_the_difference(damaged:
 
 def test_going_on_with_another_pack_is_refused_with_the_difference(tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        pack(FACES, tmp_path, size=16, samples_per_shard=12, progress=stopping_at(24))
+        pack(FACES, tmp_path, size=16, samples_per_shard=12, progress=stopping_at(READING, 24))
     with pytest.raises(ValueError, match=r"beginning of another pack \(source.count is 30, wanted 31\)"):
         pack(FacesSource("open-peeps", 31), tmp_path, size=16, samples_per_shard=12)
 
@@ -113,7 +185,7 @@ def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(damaged: Path)
 
 
 def test_two_packs_into_one_folder_do_not_mix(tmp_path: Path) -> None:
-    def second(done: int, _total: int) -> None:
+    def second(_pass: str, done: int, _total: int | None) -> None:
         if done == 12:
             with pytest.raises(RuntimeError, match="being packed by another process"):
                 pack(FACES, tmp_path, size=16, samples_per_shard=12)
@@ -132,7 +204,8 @@ def test_packed_images_are_the_drawn_ones(image_format: ImageFormat, tmp_path: P
     index = pack(FacesSource("critters", 5), tmp_path, size=16, image_format=image_format)
     batch = read_all(index, ("image", "caption", "attributes"))
     for key, image, caption, attributes in zip(batch.keys, batch.images, batch.captions, batch.attributes, strict=True):
-        drawn = FacesSource("critters", 5).sample(int(key.rsplit("_", 1)[1]), 16)
+        drawn = FacesSource("critters", 5).row(int(key.rsplit("_", 1)[1]), 16)
+        assert isinstance(drawn.image, Image.Image)
         assert image.permute(1, 2, 0).contiguous().numpy().tobytes() == drawn.image.tobytes()
         assert (caption, attributes) == (drawn.caption, drawn.attributes)
     assert verify(tmp_path) == []

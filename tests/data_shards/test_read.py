@@ -21,10 +21,10 @@ from data_shards.decode import attribute_strings, caption_text
 from data_shards.faces import FacesSource
 from data_shards.images import READERS, DecodeError, image_pixels
 from data_shards.index import ShardIndex, index_text
-from data_shards.pack import PackedSample, write_shard
 from data_shards.plan import Plan
 from data_shards.read import MicroBatches, loader, read_all
 from data_shards.sample import BadSampleError, MicroBatch
+from data_shards.write import PackedSample, write_shard
 
 FlipBit = Callable[[int, int], None]
 
@@ -61,7 +61,8 @@ def test_images_are_the_packed_ones(packed: Path) -> None:
     for batch in load(batches_of(packed)):
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (5, 3, 16, 16) and batch.images.is_contiguous()
         for key, image, caption in zip(batch.keys, batch.images, batch.captions, strict=True):
-            face = FacesSource("open-peeps", 30).sample(int(key[-8:]), 16)
+            face = FacesSource("open-peeps", 30).row(int(key[-8:]), 16)
+            assert isinstance(face.image, Image.Image)
             assert image.permute(1, 2, 0).contiguous().numpy().tobytes() == face.image.tobytes()
             assert caption == face.caption
 
