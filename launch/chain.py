@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_shards.files import json_text, replace_file
+from launch.data import with_data
 from launch.run_dir import freeze
 from trainer.config import (
     DenoisingConfig,
@@ -43,9 +44,10 @@ def with_teacher(config: RunConfig, teacher: Path) -> RunConfig:
     return merged
 
 
-def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path) -> None:
+def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path | Sequence[Path]) -> None:
     """Write (or check) the chain's own files and each stage's RUN_DIR up to its frozen recipe."""
     counts = (distill.start_steps, *student_counts(distill))
+    shards = [shards] if isinstance(shards, Path) else shards
     freeze(chain_dir, config, shards=shards, steps_fixed=True)
     if distill.teacher is None:
         levels = config.noise_schedule.steps
@@ -108,11 +110,10 @@ def stage_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/stage/{number}".encode("ascii")).digest()[:4], "little") >> 1
 
 
-def _stage_config(config: RunConfig, run_dir: Path, shards: Path) -> RunConfig:
-    """The recipe as a stage's folder freezes it: no chain in it, its shards as seen from there."""
-    inside = shards.is_relative_to(os.path.abspath(run_dir.parent))
-    seen = os.path.relpath(shards, run_dir) if inside else str(shards)
-    return config.model_copy(update={"distill": None, "data": config.data.model_copy(update={"shards": seen, "faces": None})})
+def _stage_config(config: RunConfig, run_dir: Path, shards: Sequence[Path]) -> RunConfig:
+    """The recipe as a stage's folder freezes it: no chain in it, its data as seen from there."""
+    config = with_data(config, shards, run_dir=run_dir, root=run_dir.parent)
+    return config.model_copy(update={"distill": None, "data": config.data.model_copy(update={"faces": None})})
 
 
 def _of_stage(values: _Number | Sequence[_Number], number: int) -> _Number:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from data_shards.files import json_text, replace_file
 from launch.cluster import LocalCluster
+from launch.data import pack_faces
 from launch.job import Job
 from launch.local import run_job
-from launch.start import How, check_ranks, pack_faces, start_distill
+from launch.start import How, check_ranks, start_distill
 from trainer.config import student_counts
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE

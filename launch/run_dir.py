@@ -5,13 +5,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data_shards.files import json_text, read_json_object, replace_file
-from data_shards.index import ShardIndex
 from launch.cluster import ClusterConfig
+from launch.data import data_identity
 from trainer.config import RunConfig, identity
 from trainer.config_io import dump_yaml
 from trainer.stop import clear_stop_request
@@ -20,14 +20,14 @@ _PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "sa
 _OPTIONAL_PACKAGES = ("xformers", "deepspeed", "ray", "submitit")
 
 
-def freeze(run_dir: Path, config: RunConfig, *, shards: Path, steps_fixed: bool = False) -> None:
+def freeze(run_dir: Path, config: RunConfig, *, shards: Path | Sequence[Path], steps_fixed: bool = False) -> None:
     """Write the complete recipe of a run, or check that a run that is there already has the same identity.
 
-    shards: the packed shards, whose index hash is part of the identity. Fields outside the identity may change from
+    shards: the folders of the indexes, whose hashes are part of the identity. Fields outside the identity may change from
     attempt to attempt; the frozen recipe follows them. steps_fixed: train.steps may not grow, whatever the learning rate.
     Until a checkpoint is committed there is nothing to resume, and the recipe may still change.
     Raises: ValueError listing each difference if this is another run."""
-    wanted = {**identity(config), "data.shards sha256": ShardIndex.load(shards).sha256}
+    wanted = {**identity(config), **data_identity(config.data, [shards] if isinstance(shards, Path) else shards)}
     if steps_fixed or not config.steps_may_grow:
         wanted["train.steps"] = config.train.steps
     record = run_dir / "identity.json"

@@ -74,3 +74,23 @@ def shards_info(
     from launch.shards import describe_shards
 
     describe_shards(existing(directory), sheet=sheet, as_json=as_json)
+
+
+@shards.command("index")
+def shards_index(
+    tars: Annotated[
+        list[str], typer.Argument(metavar="TAR...", help="Tars, folders of them, URLs (http, hf, s3, gs, az), or patterns with {000..099}.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where index.json is written; the tars stay where they are.")],
+    licence: Annotated[str, typer.Option(metavar="TEXT", help="The licence of the images.")] = "not stated",
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tars read at a time. Default: one per core.")] = None,
+) -> None:
+    """Index WebDataset tars that others wrote, so that runs can use them where they lie; each is read once and none is changed.
+
+    Tars that are damaged or hold links, devices or paths out of their folder are refused by name. The same command again goes on.
+
+    Example:  halfstep shards index "data/shard-{000000..000099}.tar" --out shards/mine --licence CC-BY-4.0"""
+    from launch.shards_index import index_shards
+
+    line = index_shards(tars, out, licence=licence, workers=workers or os.cpu_count() or 1)
+    sys.stdout.write(f"{line}\nuse it:  halfstep train RECIPE data.shards={out}\n")

@@ -10,14 +10,14 @@ from pathlib import Path
 from data_shards.index import ShardIndex
 from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster, load_cluster
+from launch.data import data_folders, with_data
 from launch.dry_run import dry_run_sweep_text, dry_run_text
 from launch.job import Job
 from launch.local import run_until_done
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
-from launch.shards import pack_source
 from launch.sweep import combinations, is_sweep, run_name, write_sweep
-from trainer.config import FacesConfig, ProgressiveDistillationConfig, RunConfig
+from trainer.config import ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
 
@@ -80,7 +80,7 @@ def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         write_sweep(folder, runs)
-        shared = folder / "shards" if all(config.data.faces == prepared[0][0].data.faces for config, _, _ in prepared) else None
+        shared = folder / "shards" if all(config.data == prepared[0][0].data for config, _, _ in prepared) else None
         packed = [
             freeze_run(run, config, machines, shards_in=shared or run / "shards")
             for run, (config, _, _) in zip(runs, prepared, strict=True)
@@ -95,14 +95,13 @@ def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
         return next((code for code in codes if code != DONE), DONE)
 
 
-def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shards_in: Path) -> Path:
-    """Make a RUN_DIR ready to start: shards packed, recipe and cluster frozen; returns the shards.
+def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shards_in: Path) -> list[Path]:
+    """Make a RUN_DIR ready to start: data at hand, recipe and cluster frozen; returns the folders of its indexes.
 
-    shards_in: where faces are packed, the run's folder or the one above it. Raises: ValueError if it holds another run."""
+    shards_in: where faces and remote indexes go, in the run's folder or the one above it. Raises: ValueError if it holds another run."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(config, shards_in)
-    seen = os.path.relpath(shards, os.path.abspath(folder)) if config.data.shards is None else str(shards)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"shards": seen})})
+    shards = data_folders(config, shards_in)
+    config = with_data(config, shards, run_dir=folder, root=shards_in.parent)
     freeze(folder, _with_absolute_teacher(config), shards=shards)
     write_surroundings(folder, machines)
     return shards
@@ -130,7 +129,7 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
-        shards = _shards(config, folder / "shards")
+        shards = data_folders(config, folder / "shards")
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)
         warn_of_shared_shards(shards, machines)
@@ -201,13 +200,13 @@ def _launch(job: Job, machines: ClusterConfig, how: How, lock: int) -> int:
             return run_on_ray(job, machines, follow=how.follow)
 
 
-def warn_of_shared_shards(shards: Path, machines: ClusterConfig) -> None:
+def warn_of_shared_shards(shards: Sequence[Path], machines: ClusterConfig) -> None:
     """Say so where ranks of several machines must read the same shard; on one machine that costs nothing."""
-    count, ranks = len(ShardIndex.load(shards).samples_per_shard), machines.ranks
+    count, ranks = sum(len(ShardIndex.load(folder).shards) for folder in shards), machines.ranks
     if count < ranks and not isinstance(machines, LocalCluster):
         sys.stderr.write(
-            f"warning: {ranks} ranks share {count} shard{'' if count == 1 else 's'} of {shards}: each is read by several ranks; "
-            f"for speed pack into at least {ranks} shards (halfstep shards pack --samples-per-shard N)\n"
+            f"warning: {ranks} ranks share {count} shard{'' if count == 1 else 's'} of {', '.join(map(str, shards))}: each is read by "
+            f"several ranks; for speed pack into at least {ranks} shards (halfstep shards pack --samples-per-shard N)\n"
         )
 
 
@@ -253,20 +252,3 @@ def _with_absolute_teacher(config: RunConfig) -> RunConfig:
         return config
     teacher = os.path.abspath(config.objective.teacher)
     return config.model_copy(update={"objective": config.objective.model_copy(update={"teacher": teacher})})
-
-
-def _shards(config: RunConfig, packed: Path) -> Path:
-    """The recipe's packed shards; faces are packed into a folder first (finished shards are kept)."""
-    if config.data.shards is not None:
-        return Path(os.path.abspath(config.data.shards))
-    assert config.data.faces is not None, "the recipe's own check asks for shards or faces"
-    return pack_faces(config.data.faces, packed)
-
-
-def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
-    """Pack a recipe's faces, from number `start` on; shards that are there already are kept. Returns the absolute path."""
-    from data_shards.faces import FacesSource
-
-    source = FacesSource(style=faces.style, count=faces.count, seed=faces.seed, start=start, allow_attribution=faces.allow_attribution)
-    pack_source(source, out, size=faces.size, seed=faces.seed, workers=os.cpu_count() or 1, samples_per_shard=1000)
-    return Path(os.path.abspath(out))

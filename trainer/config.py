@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from trainer.config_data import AspectBucketsConfig, CacheConfig, DataConfig, FacesConfig, MixtureSource
 from trainer.config_sections import (
     CheckpointConfig,
     ConstantLRSchedule,
@@ -9,14 +10,12 @@ from trainer.config_sections import (
     CosineLRSchedule,
     CosineNoiseSchedule,
     CountOrZero,
-    DataConfig,
     DenoisingConfig,
     DenoisingLoss,
     DistillationLoss,
     DistillConfig,
     EmaConfig,
     EngineConfig,
-    FacesConfig,
     GivenNoiseSchedule,
     LinearLRSchedule,
     LinearNoiseSchedule,
@@ -40,6 +39,8 @@ from trainer.config_sections import (
 from trainer.stages import halving_counts
 
 __all__ = [
+    "AspectBucketsConfig",
+    "CacheConfig",
     "CheckpointConfig",
     "ConstantLRSchedule",
     "CosineClampedNoiseSchedule",
@@ -58,6 +59,7 @@ __all__ = [
     "LinearLRSchedule",
     "LinearNoiseSchedule",
     "LoggingConfig",
+    "MixtureSource",
     "ModelConfig",
     "NoiseScheduleConfig",
     "NumericConfig",
@@ -77,7 +79,7 @@ __all__ = [
     "student_counts",
 ]
 
-# What a resume may change: where and how often, never what is computed. data.shards is stood for by its index's sha256.
+# What a resume may change: where and how often, never what is computed. the indexes' sha256 stand for data.shards and data.mixture.
 _NOT_IDENTITY = (
     "engine.kind",
     "engine.zero_stage",
@@ -88,6 +90,8 @@ _NOT_IDENTITY = (
     "logging",
     "data.workers",
     "data.shards",
+    "data.mixture",
+    "data.cache",
     "data.on_bad_sample",
     "data.max_bad_samples",
     "train.steps",
@@ -140,9 +144,13 @@ class RunConfig(Section):
         return self.lr_schedule.kind in ("constant", "step_decay")
 
     def problems(self) -> Iterator[Problem]:
-        if self.data.shards is None and self.data.faces is None:
+        if self.data.shards is None and self.data.faces is None and not self.data.mixture:
             text = "no images to train on; set data.shards to a directory of shards, or data.faces.count=6000 to pack cartoon faces"
             yield Problem(("data.shards", "data.faces"), text)
+        buckets, levels = self.data.aspect_buckets, len(self.model.channels)
+        if buckets is not None and buckets.multiple_of % 2 ** (levels - 1):
+            text = f"{buckets.multiple_of} is not a multiple of {2 ** (levels - 1)}, which the levels of model.channels need"
+            yield Problem(("data.aspect_buckets.multiple_of", "model.channels"), f"{text}; set data.aspect_buckets.multiple_of=64")
         if self.lr_schedule.warmup_steps >= self.train.steps:
             text = f"{self.lr_schedule.warmup_steps} is not below train.steps={self.train.steps}"
             yield Problem(("lr_schedule.warmup_steps", "train.steps"), f"{text}; set lr_schedule.warmup_steps={self.train.steps // 10}")

@@ -1,6 +1,5 @@
 """The sections of a recipe: one frozen model each, free of torch; every field says its unit or its values."""
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,8 +7,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-
-from data_shards.config import CC0, FACE_STYLES
 
 Prediction = Literal["v", "eps", "x_0"]
 Sampler = Literal["ddim", "ancestral"]
@@ -55,58 +52,6 @@ class Section(BaseModel):
     def _check_when_built(self) -> Self:
         self.check()
         return self
-
-
-class FacesConfig(Section):
-    """Embedded source of cartoon faces, packed into RUN_DIR/shards."""
-
-    style: str = "open-peeps"
-    """DiceBear style: open-peeps, critters and voxel-art are CC0; toon-head, personas, big-smile and micah need attribution."""
-    allow_attribution: bool = False
-    """Permit a style whose licence (CC BY 4.0) asks you to name the artist wherever you show the images."""
-    count: Count = 6000
-    """Number of images."""
-    size: Count = 32
-    """Width and height of an image in pixels."""
-    seed: CountOrZero = 0
-    """Seed of the faces; independent of the run's seed."""
-
-    def problems(self) -> Iterator[Problem]:
-        style = FACE_STYLES.get(self.style)
-        if style is None:
-            nearest = difflib.get_close_matches(self.style, FACE_STYLES, 1, 0.5)
-            hint = f" - did you mean '{nearest[0]}'?" if nearest else ""
-            yield Problem(("style",), f"got '{self.style}', wanted one of {', '.join(FACE_STYLES)}{hint}")
-        elif style.licence != CC0 and not self.allow_attribution:
-            text = f"'{self.style}' is {style.licence}: {style.creator} must be named wherever its images are shown"
-            yield Problem(("style", "allow_attribution"), f"{text}; set data.faces.allow_attribution=true")
-
-
-class DataConfig(Section):
-    """Training images and how they are dealt into micro-batches."""
-
-    shards: str | None = None
-    """Directory of packed shards; null packs `data.faces` into the run's own directory."""
-    faces: FacesConfig | None = None
-    """Faces to pack when `data.shards` is null."""
-    global_batch_size: Count = 32
-    """Images per optimizer step over all ranks; a multiple of micro_batch_size."""
-    micro_batch_size: Count = 16
-    """Images per rank per forward. Ranks divide global_batch_size / micro_batch_size micro-batches evenly."""
-    workers: CountOrZero = 0
-    """Reading processes per rank; 0 reads in the training process. Free to change on a resume."""
-    horizontal_flip: bool = False
-    """Mirror half of the images, chosen anew each epoch."""
-    on_bad_sample: Literal["raise", "skip"] = "raise"
-    """raise: a damaged sample ends the run; skip: another sample takes its place, by the same rule on every rank."""
-    max_bad_samples: CountOrZero = 100
-    """Samples that may be skipped before the run ends; counts for on_bad_sample skip."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.global_batch_size % self.micro_batch_size:
-            nearest = max(1, round(self.global_batch_size / self.micro_batch_size)) * self.micro_batch_size
-            text = f"{self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
-            yield Problem(("global_batch_size", "micro_batch_size"), f"{text}; set data.global_batch_size={nearest}")
 
 
 class TinyUNetConfig(Section):

@@ -9,9 +9,6 @@ from typing import final
 from torch import Tensor
 
 from data_shards import ranks
-from data_shards.index import ShardIndex
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
 from data_shards.sample import MicroBatch
 from trainer.checkpoint import Piece
 from trainer.config import RunConfig, identity
@@ -26,11 +23,12 @@ from trainer.models.flops import peak_flops
 from trainer.models.tiny_unet import Denoiser
 from trainer.numeric import BadSteps, LossAverage, RollBack
 from trainer.optim import learning_rate
-from trainer.rng import derive_seed, seed_dropout
+from trainer.rng import seed_dropout
 from trainer.sample import draw_grid
 from trainer.save import DISK_FULL, Saver
 from trainer.stop import StopRequest
 from trainer.task import Task
+from trainer.training_data import TrainingData
 from trainer.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ class Loop:
         self,
         config: RunConfig,
         run_dir: Path,
-        index: ShardIndex,
+        data: TrainingData,
         task: Task,
         engine: Engine,
         pieces: Sequence[Piece],
@@ -61,7 +59,7 @@ class Loop:
         watch: Watch,
     ) -> None:
         """checkpoint: what `engine` holds; None for step 0. pieces: of the engine's state, on all ranks. Collective."""
-        self.config, self.run_dir, self.index, self.task, self.engine = config, run_dir, index, task, engine
+        self.config, self.run_dir, self.data, self.task, self.engine = config, run_dir, data, task, engine
         self.stop, self.watch = stop, watch
         self.start_step = checkpoint.step if checkpoint else 0
         self.keys: dict[int, Sequence[str]] = {}
@@ -113,7 +111,8 @@ class Loop:
         """The loop; returns how many steps the run has now, all of them committed."""
         config, train, start_step = self.config, self.config.train, self.start_step
         last_step = min(train.steps, start_step + (self.stop.steps_left or train.steps))
-        batches, step, asked = self._batches(start_step, last_step), start_step, False
+        step, asked, own = start_step, False, ranks.share(config.micro_batches)
+        batches = self.data.batches(start_step, last_step, own, pin=ranks.device().type == "cuda")
         work = self._workload()
         boundary = time.perf_counter()
         while True:
@@ -205,26 +204,6 @@ class Loop:
             device=ranks.device(),
         )
 
-    def _batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
-        data = self.config.data
-        plan = Plan(
-            self.index.samples_per_shard,
-            seed=derive_seed(self.config.seed, "order"),
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-        )
-        dataset = MicroBatches(self.index, plan, on_bad_sample=data.on_bad_sample)
-        return iter(
-            loader(
-                dataset,
-                start_step=start_step,
-                stop_step=stop_step,
-                indices=ranks.share(self.config.micro_batches),
-                workers=data.workers,
-                pin=ranks.device().type == "cuda",
-            )
-        )
-
     def _losses(self, batches: Iterator[MicroBatch], step: int) -> Iterator[LossPerImage]:
         """This rank's micro-batches of one step, as functions of the denoiser."""
         config, device = self.config, ranks.device()
@@ -247,7 +226,7 @@ class Loop:
             self.ledger.write(step, index, keys=batch.keys, draws_sha256=draws.sha256(), replaced=replaced)
             self.keys[index] = batch.keys
             flips = draws.flips.to(device) if config.data.horizontal_flip else None
-            x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips)
+            x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips, memory_format=config.train.memory_format)
             seed_dropout(config.seed, step, index)
             yield lambda model, x_0=x_0, draws=draws: self.task.objective(model, x_0, draws)
         self.watch.phase("reduce", step)

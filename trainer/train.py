@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from data_shards import ranks
-from data_shards.index import ShardIndex
 from trainer.checkpoint import Piece, agree_on_pieces, agreed_checkpoint, load_state
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
@@ -27,6 +26,7 @@ from trainer.numeric import RollBack
 from trainer.options import Options, flag, optional_text
 from trainer.stop import StopRequest
 from trainer.task import Task, build_task
+from trainer.training_data import TrainingData
 from trainer.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
     if checkpoint and checkpoint.step > config.train.steps:
         raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
     watch.phase("data", 0)
-    index = ShardIndex.load(run_dir / str(config.data.shards))
+    data = TrainingData.open(config, run_dir)
     watch.phase("model", 0)
-    task = build_task(config, run_dir, index.side())
+    task = build_task(config, run_dir, data.image_size)
     engine = build_engine(config, task)
     watch.phase("restore", 0)
     pieces = agree_on_pieces(engine.state())
@@ -80,7 +80,7 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         )
     start_up = watch.start_up_seconds()
     _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end, start_up_seconds=start_up)
-    return Loop(config, run_dir, index, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
+    return Loop(config, run_dir, data, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
 
 
 def build_engine(config: RunConfig, task: Task) -> Engine:

@@ -59,7 +59,11 @@ def png(size: tuple[int, int], mode: str = "RGB") -> bytes:
 
 def test_images_are_the_packed_ones(packed: Path) -> None:
     for batch in load(batches_of(packed)):
-        assert batch.images.dtype == torch.uint8 and batch.images.shape == (5, 3, 16, 16) and batch.images.is_contiguous()
+        assert (
+            batch.images.dtype == torch.uint8
+            and batch.images.shape == (5, 3, 16, 16)
+            and batch.images.is_contiguous(memory_format=torch.channels_last)
+        )
         for key, image, caption in zip(batch.keys, batch.images, batch.captions, strict=True):
             face = FacesSource("open-peeps", 30).row(int(key[-8:]), 16)
             assert isinstance(face.image, Image.Image)

@@ -21,7 +21,7 @@ from data_shards.tar import end_bytes, member_bytes
 from data_shards.verify import verify
 from launch.checkpoints import print_checkpoints
 from launch.run_dir import freeze
-from launch.start import pack_faces
+from launch.data import pack_faces
 from launch.status import print_status
 from trainer.checkpoint import agreed_checkpoint, read_tensors
 from trainer.config import DataConfig, FacesConfig, RunConfig, TrainConfig

@@ -1,0 +1,111 @@
+"""A recipe's data before a run starts: faces packed, remote indexes brought into the run's folder and pinned there."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_shards.cache import ShardCache
+from data_shards.config import INDEX_NAME
+from data_shards.files import json_text, read_json_object, replace_file
+from data_shards.index import ShardIndex, index_text
+from data_shards.locations import Location
+from data_shards.store import open_cache
+from launch.shards import pack_source
+from trainer.config import DataConfig, FacesConfig, RunConfig
+
+REMOTE_NAME = "remote.json"  # in a run's own data folder: which remote folder of shards is frozen where
+
+
+def data_folders(config: RunConfig, own: Path) -> list[Path]:
+    """The folders of the recipe's indexes, as absolute paths. Faces are packed into `own`, remote indexes are brought there.
+
+    Raises: ValueError or FetchError if a remote index can't be had or trusted; what was brought before needs no network.
+    """
+    data = config.data
+    names = [source.shards for source in data.mixture] or ([data.shards] if data.shards is not None else [])
+    if not names:
+        assert data.faces is not None, "the recipe's own check asks for shards or faces"
+        return [pack_faces(data.faces, own)]
+    cache = None
+    folders: list[Path] = []
+    for name in names:
+        location = Location.parse(name)
+        if location.is_remote:
+            cache = cache or open_cache(data.cache.folder, limit_gib=data.cache.limit_gib)
+            folders.append(_brought(location, Path(os.path.abspath(own)), cache))
+        else:
+            folders.append(Path(os.path.abspath(location.path)))
+    return folders
+
+
+def with_data(config: RunConfig, folders: Sequence[Path], *, run_dir: Path, root: Path) -> RunConfig:
+    """The recipe with its data as a RUN_DIR freezes it: folders below `root` as seen from there, others by their absolute path."""
+    inside = os.path.abspath(root)
+    seen = [os.path.relpath(folder, os.path.abspath(run_dir)) if folder.is_relative_to(inside) else str(folder) for folder in folders]
+    if config.data.mixture:
+        pairs = zip(config.data.mixture, seen, strict=True)
+        update: dict[str, object] = {"mixture": tuple(source.model_copy(update={"shards": name}) for source, name in pairs)}
+    else:
+        update = {"shards": seen[0]}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def data_identity(data: DataConfig, folders: Sequence[Path]) -> dict[str, object]:
+    """What of the data must not change on a resume, as dotted keys: each index's sha256, and the weights."""
+    hashes = [ShardIndex.load(folder).sha256 for folder in folders]
+    if not data.mixture:
+        return {"data.shards sha256": hashes[0]}
+    weights = [source.weight for source in data.mixture]
+    return {"data.mixture sha256": hashes, "data.mixture weights": weights}
+
+
+def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
+    """Pack a recipe's faces, from number `start` on; shards that are there already are kept. Returns the absolute path."""
+    from data_shards.faces import FacesSource
+
+    source = FacesSource(style=faces.style, count=faces.count, seed=faces.seed, start=start, allow_attribution=faces.allow_attribution)
+    pack_source(source, out, size=faces.size, seed=faces.seed, workers=os.cpu_count() or 1, samples_per_shard=1000)
+    return Path(os.path.abspath(out))
+
+
+def _brought(location: Location, own: Path, cache: ShardCache) -> Path:
+    """A folder below `own` with the index of a remote folder, whose tars stay where they are; the one of the first start is kept."""
+    if str(location) != location.secret_text:
+        raise ValueError(f"{location}: a user, password or query in data.shards would lie in the run's recipe.yaml; put it into ~/.netrc")
+    note = own / REMOTE_NAME
+    known = read_json_object(note) if note.exists() else {}
+    named = known.get(str(location))
+    if isinstance(named, str) and (own / named / INDEX_NAME).exists():
+        return own / named
+    pinned = _pinned(location)
+    index = _remote_index(pinned, cache)
+    folder = own / index.sha256[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = index_text(
+        image_size=index.image_size,
+        licence=index.licence,
+        source=index.source,
+        pack=index.pack,
+        shards=index.shards,
+        derived=index.derived,
+        location=index.location or str(pinned),
+    )
+    replace_file(folder / INDEX_NAME, text)
+    replace_file(note, json_text({**known, str(location): folder.name}))
+    return folder
+
+
+def _pinned(location: Location) -> Location:
+    """A Hub location with the commit that its revision names now, others as they are."""
+    if location.scheme != "hf":
+        return location
+    from data_shards.hub import resolve_hub_location
+
+    return Location.parse(resolve_hub_location(str(location)))
+
+
+def _remote_index(location: Location, cache: ShardCache) -> ShardIndex:
+    from data_shards.remote_text import load_remote_text
+
+    text = load_remote_text(location.join(INDEX_NAME), cache)
+    return ShardIndex.parse(text, Path(str(location)), where=str(location.join(INDEX_NAME)))

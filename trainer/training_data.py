@@ -1,0 +1,82 @@
+"""What a run trains on: its data sets, their order, and the micro-batches of this rank."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from data_shards.buckets import bucket_numbers, bucket_sizes
+from data_shards.index import ShardIndex
+from data_shards.plan import Plan
+from data_shards.read import MicroBatches, loader
+from data_shards.sample import MicroBatch
+from data_shards.store import open_cache, store_of
+from trainer.config import DataConfig, RunConfig
+from trainer.rng import derive_seed
+
+
+@final
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples of a run as micro-batches of any (step, index); nothing is read before `batches`.
+
+    image_size: side in pixels, of the squares or of a square as large as the buckets' shapes.
+    """
+
+    config: DataConfig
+    indexes: tuple[ShardIndex, ...]
+    plan: Plan
+    image_size: int
+    sizes: tuple[tuple[int, int], ...] | None
+
+    @classmethod
+    def open(cls, config: RunConfig, run_dir: Path) -> "TrainingData":
+        """The data of a frozen recipe.
+
+        Raises: ValueError for an index that can't be trusted, images of several sizes without data.image_size, or too few samples.
+        """
+        data = config.data
+        names = [source.shards for source in data.mixture] or [str(data.shards)]
+        indexes = tuple(ShardIndex.load(run_dir / name) for name in names)
+        sizes = _sizes(data)
+        plan = Plan(
+            tuple(shard.samples for index in indexes for shard in index.shards),
+            seed=derive_seed(config.seed, "order"),
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size,
+            shards_per_set=tuple(len(index.shards) for index in indexes),
+            weights=tuple(source.weight for source in data.mixture if source.weight is not None) or None,
+            buckets=tuple(number for index in indexes for number in bucket_numbers(index, sizes)) if sizes and len(sizes) > 1 else None,
+        )
+        return cls(data, indexes, plan, data.image_size or _common_side(indexes), sizes)
+
+    def batches(self, start_step: int, stop_step: int, indices: range, *, pin: bool) -> Iterator[MicroBatch]:
+        """The given indices of steps start_step .. stop_step-1, in that order. pin: page-locked memory."""
+        remote = any(index.location is not None for index in self.indexes)
+        cache = open_cache(self.config.cache.folder, limit_gib=self.config.cache.limit_gib) if remote else None
+        read = MicroBatches(
+            self.indexes,
+            self.plan,
+            on_bad_sample=self.config.on_bad_sample,
+            sizes=self.sizes,
+            stores=[store_of(index, cache) for index in self.indexes],
+        )
+        return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
+
+
+def _sizes(data: DataConfig) -> tuple[tuple[int, int], ...] | None:
+    """What images are brought to, a size a bucket; None leaves them as they are."""
+    if data.image_size is None:
+        return None
+    if data.aspect_buckets is None:
+        return ((data.image_size, data.image_size),)
+    buckets = data.aspect_buckets
+    return tuple(bucket_sizes(data.image_size, multiple_of=buckets.multiple_of, max_aspect=buckets.max_aspect))
+
+
+def _common_side(indexes: tuple[ShardIndex, ...]) -> int:
+    sides = {index.side() for index in indexes}
+    if len(sides) > 1:
+        listed = ", ".join(f"{index.root.name}: {index.side()}" for index in indexes)
+        raise ValueError(f"data.mixture: images of several sizes ({listed} pixels); set data.image_size to bring them to one")
+    return sides.pop()
