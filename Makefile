@@ -21,7 +21,7 @@ demo: $(CORE) ## faces, shards, teacher, halvings, samples, report: 10 to 20 min
 	$(BIN)/halfstep demo
 
 test: $(DEV) ## the tests, with a sample of the engines, of the moments to kill at and of the clusters
-	$(BIN)/python -m pytest -m "not engines and not all_kills and not cluster"
+	$(BIN)/python -m pytest -m "not engines and not all_kills and not all_cases and not cluster"
 
 test-engines: $(DEV) ## every objective, engine and number of ranks; goes on where it was interrupted
 	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample"
@@ -30,7 +30,7 @@ test-cluster: $(DEV) ## everything on a real Slurm and a real Ray; goes on where
 	$(BIN)/python -m pytest -p tests.resumable tests/cluster
 
 test-all: test ## all of it, every engine, kill and cluster; what follows make test goes on where it was interrupted
-	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or all_kills or cluster"
+	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or all_kills or all_cases or cluster"
 
 lint: $(DEV) ## ruff format, ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
