@@ -8,8 +8,8 @@ import pytest
 
 from data_shards.cache import ShardCache
 from data_shards.locations import Location
-from tests.data_shards.store_cases import SIZE, cached, content_of, fill, names, open_letter
-from tests.data_shards.store_server import StoreServer
+from tests.data_shards.store_cases import PATH, SHA, SIZE, cached, content_of, fill, names, open_letter, until
+from tests.data_shards.store_server import Fault, StoreServer
 
 pytest_plugins = ["tests.data_shards.store_fixtures"]
 
@@ -55,7 +55,7 @@ def test_a_file_larger_than_the_cache_is_refused_before_anything_is_evicted(stor
 def test_what_others_are_fetching_counts_and_what_they_left_goes(store: StoreServer, cache: ShardCache) -> None:
     fill(store, cache, "abc")
     other, left = "1" * 64, "2" * 64
-    for sha256, promise in ((other, SIZE), (left, SIZE)):
+    for sha256, promise in ((other, 2 * SIZE), (left, SIZE)):
         (cache.folder / sha256[:2]).mkdir()
         (cache.folder / sha256[:2] / f"{sha256}.part").write_bytes(bytes(1000))
         (cache.folder / sha256[:2] / f"{sha256}.lock").write_text(str(promise))
@@ -63,9 +63,20 @@ def test_what_others_are_fetching_counts_and_what_they_left_goes(store: StoreSer
     with open(cache.folder / "11" / f"{other}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fill(store, cache, "d")
-        assert len(cached(cache)) == 3  # with the other's file it will be four
+        assert len(cached(cache)) == 2  # with the other's file it will be full
         assert names(cache.folder / "11") == [f"{other}.lock", f"{other}.part"]
         assert names(cache.folder / "22") == [f"{left}.lock"]
+
+
+def test_a_file_that_is_on_its_way_has_its_room_already(store: StoreServer, cache: ShardCache) -> None:
+    fill(store, cache, "ab")
+    store.faults[PATH] += [Fault("pause", after=0)]
+    cache.prefetch(Location.parse(store.url + PATH), size_bytes=SIZE, sha256=SHA)
+    assert store.stalled.wait(20)
+    hashes = fill(store, cache, "de")
+    store.let_go.set()
+    until(lambda: SHA in cached(cache))
+    assert len(cached(cache)) == 4 and set(hashes.values()) < cached(cache)
 
 
 @pytest.mark.parametrize("times", [1, 2])

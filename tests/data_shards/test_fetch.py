@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -24,6 +25,28 @@ def test_a_file_comes_whole_and_nothing_else_is_left(store: StoreServer, tmp_pat
     assert fetched == Fetched(len(CONTENT), SHA, store.etags[PATH], len(CONTENT), 0)
     assert names(tmp_path) == ["a.tar"] and slept == []
     assert store.asked[0].headers["accept-encoding"] == "identity"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    store: StoreServer, tmp_path: Path, slept: Slept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    pwrite, fsync, rename = os.pwrite, os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def put(source: Path, target: Path) -> None:
+        done.append(f"-> {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, block, offset: pwrite(descriptor, block[:1000], offset))  # as a full disk may
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", put)
+    get(store, tmp_path / "a.tar", slept.policy())
+    assert done[-3:] == ["a.tar.part", "-> a.tar", tmp_path.name]
+    assert (tmp_path / "a.tar").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("kind", ["reset", "short"])
@@ -116,7 +139,7 @@ def test_a_store_that_answers_another_range_is_not_believed(store: StoreServer, 
 def test_a_206_of_other_content_under_another_etag_is_not_joined(store: StoreServer, tmp_path: Path, slept: Slept) -> None:
     headers = {"Content-Range": f"bytes 5000-{len(CONTENT) - 1}/{len(CONTENT)}", "ETag": '"x"'}
     store.faults[PATH] += [Fault("short", after=5000), Fault("body", status=206, headers=headers, content=bytes(len(CONTENT) - 5000))]
-    get(store, tmp_path / "a.tar", slept.policy())
+    get(store, tmp_path / "a.tar", slept.policy(), sha256=None)
     assert (tmp_path / "a.tar").read_bytes() == CONTENT and store.ranges(PATH) == [None, "bytes=5000-", None]
 
 
