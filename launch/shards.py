@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_shards.index import ShardIndex
 from data_shards.rows import RowSource
+from launch.pack_recipe import PackRecipe
 from launch.progress import pack_progress, pass_progress
 
 _SHOWN_PROBLEMS = 50
@@ -19,9 +20,44 @@ def pack_source(source: RowSource, out: Path, *, size: int, seed: int, workers: 
     Raises: ValueError if an image cannot be read, or OUT holds another pack."""
     from data_shards.pack import READING, WRITING, pack
 
-    with pass_progress({READING: f"packing {source.count} images", WRITING: "writing the shards"}) as progress:
+    with pass_progress(_titles(source, READING, WRITING)) as progress:
         index = pack(source, out, size=size, samples_per_shard=samples_per_shard, seed=seed, workers=workers, progress=progress)
     return _headline(index)
+
+
+def pack_rows(source: RowSource, out: Path, recipe: PackRecipe, *, workers: int) -> str:
+    """The same with all that a recipe may ask for; the line also says what was left out, and why.
+
+    Raises: ValueError as data_shards.pack.pack."""
+    from data_shards.filters import DROP_WORDS, Filters
+    from data_shards.pack import READING, WRITING, pack
+
+    with pass_progress(_titles(source, READING, WRITING)) as progress:
+        index = pack(
+            source,
+            out,
+            size=recipe.pixels,
+            samples_per_shard=recipe.samples_per_shard,
+            seed=recipe.seed,
+            image_format=recipe.image_format,
+            crop=recipe.crop,
+            max_size=recipe.max_size,
+            filters=Filters(recipe.min_size, recipe.max_aspect_ratio, recipe.min_caption, recipe.max_caption, recipe.require_caption),
+            dedupe=recipe.dedupe,
+            first_rows=recipe.first_rows,
+            skip_bad_rows=recipe.on_bad_row == "skip",
+            workers=workers,
+            progress=progress,
+        )
+    dropped = index.pack.get("dropped")
+    counts = dropped if isinstance(dropped, dict) else {}
+    left_out = f"; left out {', '.join(f'{count} {DROP_WORDS.get(reason, reason)}' for reason, count in counts.items())}" if counts else ""
+    return _headline(index) + left_out
+
+
+def _titles(source: RowSource, reading: str, writing: str) -> dict[str, str]:
+    counted = "rows" if source.count is None else f"{source.count} images"
+    return {reading: f"packing {counted}", writing: "writing the shards"}
 
 
 def verify_shards(directory: Path) -> int:
@@ -68,4 +104,5 @@ def _headline(index: ShardIndex) -> str:
     megabytes = sum(shard.size_bytes for shard in index.shards) / 1e6
     licence = index.licence.get("name", "licence not stated")
     tars = f"{len(index.shards)} shard{'s' if len(index.shards) > 1 else ''}"
-    return f"{index.root}: {index.samples} images of {index.image_size} pixels in {tars}, {megabytes:.1f} MB, {licence}"
+    size = "their own sizes" if index.image_size is None else f"{index.image_size} pixels"
+    return f"{index.root}: {index.samples} images of {size} in {tars}, {megabytes:.1f} MB, {licence}"
