@@ -1,5 +1,7 @@
 """The command line of `halfstep shards`. As in __main__, each command imports what it needs when it runs."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
