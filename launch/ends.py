@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
+from data_shards.derive_request import finished_batches, is_derive
 from data_shards.files import json_text, read_json_object, replace_file
 from trainer.chain import read_chain
 from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC
@@ -60,7 +61,9 @@ def record_end(run_dir: Path, end: End) -> None:
 
 
 def committed_steps(path: Path) -> int:
-    """Steps behind the newest checkpoint of a run, added up over a chain's own stages."""
+    """Steps behind the newest checkpoint of a run, added up over a chain's own stages; of a captioner or encoder finished batches."""
+    if is_derive(path):
+        return finished_batches(path)
     return sum(max((step for step, _ in committed(run_dir)), default=0) for run_dir in _runs(path))
 
 

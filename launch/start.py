@@ -59,7 +59,7 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         warn_of_shared_shards(freeze_run(folder, config, machines, shards_in=folder / "shards"), machines)
-        return _launch(Job("train", folder, options), machines, how, lock)
+        return launch_job(Job("train", folder, options), machines, how, lock)
 
 
 def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
@@ -91,7 +91,7 @@ def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
 
             submit_sweep(folder, machines, allow_fresh=how.allow_fresh)
             return follow_queued(folder) if how.follow else DONE
-        codes = [_launch(Job("train", run, {"allow_fresh": how.allow_fresh}), machines, how, lock) for run in runs]
+        codes = [launch_job(Job("train", run, {"allow_fresh": how.allow_fresh}), machines, how, lock) for run in runs]
         return next((code for code in codes if code != DONE), DONE)
 
 
@@ -133,7 +133,7 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)
         warn_of_shared_shards(shards, machines)
-        return _launch(Job("distill", folder, options), machines, how, lock)
+        return launch_job(Job("distill", folder, options), machines, how, lock)
 
 
 def _prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig, ClusterConfig, Path]:
@@ -180,7 +180,7 @@ def follow_queued(folder: Path) -> int:
     return follow(folder)
 
 
-def _launch(job: Job, machines: ClusterConfig, how: How, lock: int) -> int:
+def launch_job(job: Job, machines: ClusterConfig, how: How, lock: int) -> int:
     """Hand the job over to the launcher of the cluster's kind."""
     match machines:
         case LocalCluster():

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_shards.files import json_text
+from data_shards.derive_request import DeriveJob, finished_batches, is_derive, is_finished
+from data_shards.files import json_text, read_json_object
 from launch.ends import read_end
 from launch.queued import Queued, alive
 from launch.run_lock import is_locked
@@ -80,6 +81,8 @@ def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -
     """The status of one run. ended: how its chain ended last, where it is a stage of one. job: its place in a queue.
 
     Raises: ValueError if there is no run."""
+    if is_derive(run_dir):
+        return _derive_status(run_dir, job)
     if not (run_dir / "recipe.yaml").exists():
         raise ValueError(f"{run_dir}: no recipe.yaml there; wanted a RUN_DIR or a chain's directory")
     total = load_recipe(run_dir / "recipe.yaml", []).train.steps
@@ -109,6 +112,35 @@ def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -
     )
 
 
+def _derive_status(run_dir: Path, job: Queued | None) -> Status:
+    """Of a captioner or encoder, whose steps are batches and whose folder is OUT/run."""
+    asked, last_end = DeriveJob.read(run_dir), _ended(run_dir)
+    state: State = "stopped" if last_end is None or last_end.startswith("75") else "failed"
+    if is_finished(run_dir.parent):
+        state = "done"
+    elif job and job.state != "ended":
+        state = job.state
+    elif is_locked(run_dir):
+        state = "running"
+    progress = read_json_object(run_dir / "progress.json") if (run_dir / "progress.json").exists() else {}
+    attempt, end = _last_line(run_dir / "attempts.jsonl"), _last_line(run_dir / "job" / "ends.jsonl")
+    return Status(
+        run_dir=str(run_dir),
+        state=state,
+        step=asked.batches if state == "done" else min(finished_batches(run_dir), asked.batches),
+        total_steps=asked.batches,
+        loss=None,
+        images_per_second=_number(progress, "images_per_second"),
+        remaining_seconds=_number(progress, "remaining_seconds") if state == "running" else None,
+        attempts=_count_lines(run_dir / "attempts.jsonl"),
+        last_end=last_end,
+        what_follows=f"{end['decision']}: {end['why']}" if end else None,
+        nodes=tuple(map(str, hosts)) if isinstance(hosts := attempt.get("hosts"), list) else (),
+        job_ids=_job_ids([*submissions(run_dir), *([job.submission] if job else [])]),
+        why_it_waits=job.why or None if job and job.state in ("queued", "held") else None,
+    )
+
+
 def _queue(path: Path) -> dict[Path, Queued]:
     """Jobs that wait or run, by folder; where the queue does not answer, that is said and the folder alone speaks."""
     try:
@@ -120,6 +152,8 @@ def _queue(path: Path) -> dict[Path, Queued]:
 
 def is_done(run_dir: Path) -> bool:
     """Whether a run has taken all its steps and written its export, or every stage of a chain has."""
+    if is_derive(run_dir):
+        return is_finished(run_dir.parent)
     if (run_dir / "chain.json").exists():
         return all(is_done(stage.run_dir) for stage in read_chain(run_dir) if stage.trained_here)
     total = load_recipe(run_dir / "recipe.yaml", []).train.steps

@@ -28,8 +28,9 @@ _JOBS = {
     "report": "trainer.report:report_job",
     "hash": "trainer.hash:hash_job",
     "import": "trainer.import_checkpoint:import_job",
+    "caption": "data_shards.caption:caption_job",
 }
-_RUNS = ("train", "distill")
+_RUNS = ("train", "distill", "caption")
 _LATER_SECONDS = 30.0
 """By which collectives give up after the watch, which can name the rank at fault."""
 

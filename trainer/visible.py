@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_shards import ranks
+from data_shards.derive_request import REQUEST_NAME
 from data_shards.files import fsync_directory, write_durable
 
 _FOLDER = "heartbeats"
@@ -59,7 +60,7 @@ def at_fault(troubles: Sequence[str], missed: Sequence[Sequence[int]], hosts: Se
 def _leave(run_dir: Path, mine: Path) -> str:
     """Write this rank's token; returns what stands in the way."""
     try:
-        if not (run_dir / "recipe.yaml").exists():
+        if not any((run_dir / name).exists() for name in ("recipe.yaml", REQUEST_NAME)):
             return "no run there" if run_dir.exists() else "no such folder"
         mine.parent.mkdir(exist_ok=True)
         write_durable(mine, b"")
