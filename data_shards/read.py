@@ -49,14 +49,15 @@ class MicroBatches(Dataset[MicroBatch]):
         self._parts = _parts(self._reader, fields)
         self._sizes = sizes
         self._coming: dict[int, tuple[int, ...]] = {}
+        self._between: set[int] = set()
 
     def __getitem__(self, key: BatchKey) -> MicroBatch:
         """Reads, checks and decodes one micro-batch."""
         step, index = key
         places = self.plan.places(step, index)
         size = None if self._sizes is None else self._sizes[self.plan.bucket(step, index)]
-        if not self._reader.are_open(places):
-            self._go_on(step, index)
+        if index in self._between or not self._reader.are_open(places):
+            self._go_on(step, index, places)
         try:
             return _batch(self._reader, self._parts, places, size, ())
         except (DecodeError, OSError):
@@ -81,19 +82,23 @@ class MicroBatches(Dataset[MicroBatch]):
             good.append(place)
         return good, tuple(replaced)
 
-    def _go_on(self, step: int, index: int) -> None:
+    def _go_on(self, step: int, index: int, places: Sequence[Place]) -> None:
         """A lane comes to another shard: lets go of those that none needs any more, opens this one and has the next one brought near."""
         self._coming[index] = self.plan.coming(step, index)
         self._reader.keep({shard for coming in self._coming.values() for shard in coming})
-        now = {shard for shard, _ in self.plan.places(step, index)}
+        now = {shard for shard, _ in places}
+        try:
+            for shard in now:
+                self._reader.open(shard)
+        except (DecodeError, OSError):
+            return  # reading its first sample names it, under the policy
+        if len(now) > 1 and index not in self._between:
+            self._between.add(index)  # the next one has to wait until this micro-batch's first shard makes room for it
+            return
+        self._between.discard(index)
         for shard in self._coming[index]:
-            try:
-                if shard in now:
-                    self._reader.open(shard)
-                else:
-                    self._reader.prefetch(shard)
-            except (DecodeError, OSError):
-                return  # reading its first sample names it, under the policy
+            if shard not in now:
+                self._reader.prefetch(shard)
 
 
 def _leave_to_the_rank(_: int) -> None:

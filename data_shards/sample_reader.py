@@ -83,7 +83,7 @@ class SampleReader:
     def keep(self, shards: Container[int]) -> None:
         """Closes the tars of all others, which a cache may then give up."""
         for shard in [shard for shard in self._files if shard not in shards]:
-            self._files.pop(shard).close()
+            self._stores[shard].release(self._files.pop(shard))
 
     def images(self, places: Sequence[Place], size: tuple[int, int] | None = None) -> UInt8[Tensor, "b c h w"]:
         """Each sample's image as it is stored; size: brought to this width and height, its edges cut off where the shape differs.
