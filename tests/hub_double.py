@@ -78,7 +78,7 @@ class HubDouble:
     token: the one valid token, of user `user`; with one, writing and the repositories in `private` need it, and `gated` ones let
     nobody download. Without one, everybody may do everything. redirects: how LFS files are answered: at once, or by a 302 to
     /cdn/... (other_origin: on another host name, as the real CDN). unplugged: closes every connection without an answer.
-    intercept: called with method and path; a status that it returns is answered instead.
+    intercept: called with method and path; a status that it returns is answered instead, 0 closes the connection.
     """
 
     def __init__(self, root: str | Path, *, port: int = 0, token: str | None = None, user: str = "tester", log: Path | None = None) -> None:
@@ -231,6 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             instead = hub.intercept(self.command, self.path)
+            if instead == 0:
+                self.close_connection = True
+                return
             if instead is not None:
                 raise AnswerError(instead, "as the test wants it")
             self._answer(body)
