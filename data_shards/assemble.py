@@ -16,7 +16,7 @@ import numpy as np
 
 from data_shards.index import Shard, parse_shard
 from data_shards.keyed import permutation
-from data_shards.pieces import Piece, piece_name
+from data_shards.pieces import Piece, piece_name, two_rows
 from data_shards.tar import BLOCK_BYTES, padded
 from data_shards.write import Block, TarWriter, commit_tar, is_whole, temporary_name
 
@@ -64,7 +64,7 @@ def select(pieces: Sequence[Piece]) -> Selection:
         dropped.update(piece.dropped)
         for position, (key, sha256) in enumerate(zip(piece.shard.keys if piece.shard else (), piece.sha256s, strict=True)):
             if key in keys:
-                raise ValueError(f"two rows are called {key!r} (the second in {piece.part}); the source must give each a key of its own")
+                raise ValueError(two_rows(key))
             keys.add(key)
             if sha256:
                 digest = bytes.fromhex(sha256)

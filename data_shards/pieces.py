@@ -60,6 +60,11 @@ class BadRowsError(ValueError):
         return BadRowsError, (self.named, self.count)
 
 
+def two_rows(key: str) -> str:
+    """What to say of a key that comes twice."""
+    return f"two rows are called {key!r}; the source must give each a key of its own"
+
+
 def piece_name(number: int) -> str:
     """File name of piece `number`'s tar."""
     return f"piece-{number:06d}.tar"
@@ -76,6 +81,7 @@ def make_piece(job: PieceJob, number: int, part: Part, tick: Callable[[], None])
     dropped: Counter[DropReason] = Counter()
     unreadable: list[str] = []
     sha256s: list[str] = []
+    keys: set[str] = set()
     rows = 0
     with temporary.open("wb") as file, image_warnings():
         writer = TarWriter(file, path.name)
@@ -86,6 +92,9 @@ def make_piece(job: PieceJob, number: int, part: Part, tick: Callable[[], None])
                     pass  # nothing of this piece is kept: only the other bad rows are of interest
                 case Prepared():
                     assert is_key(sample.key), f"source {job.source.describe()['kind']} names a row {sample.key!r}"
+                    if sample.key in keys:
+                        raise ValueError(two_rows(sample.key))
+                    keys.add(sample.key)
                     writer.add(sample.key, sample.blocks, sample.size)
                     sha256s.append(sample.sha256)
                 case UnreadableRow():
