@@ -1,6 +1,7 @@
 """A user's folder becomes shards: squares of the wanted size, captions beside them, bad files named before packing."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,35 @@ def test_a_folder_without_images_is_refused(name: str, message: str, tmp_path: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         FolderSource.scan(tmp_path / name)
+
+
+def test_captions_may_stand_in_a_metadata_jsonl_as_datasets_writes_it(folder: Path, tmp_path: Path) -> None:
+    before = FolderSource.scan(folder).describe()
+    lines = [{"file_name": "a.png", "text": "the file beside goes before"}, {"file_name": "d.jpeg", "caption": " grey ", "year": 1954}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    (folder / "cats" / "metadata.jsonl").write_text('{"file_name": "c.webp", "text": "blue"}\n{"file_name": "b.JPG"}\n')
+    source = FolderSource.scan(folder)
+    batch = read_all(pack(source, tmp_path / "out", size=8), ("image", "caption"))
+    assert dict(zip(batch.keys, batch.captions, strict=True)) == {
+        "00000000": "a red field",
+        "00000001": "grün",
+        "00000002": "blue",
+        "00000003": "grey",
+    }
+    assert source.describe() != before
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ("[]", "no file_name"), ('{"file_name": 3}', "no file_name")])
+def test_a_bad_line_of_metadata_is_named(line: str, message: str, folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n' + line)
+    with pytest.raises(ValueError, match=rf"metadata\.jsonl:2: {message}"):
+        FolderSource.scan(folder)
+
+
+def test_bad_files_may_be_skipped(folder: Path, tmp_path: Path) -> None:
+    (folder / "fake.png").write_text("no")
+    (folder / "d.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="2 of 5 images can't be packed"):
+        FolderSource.scan(folder)
+    index = pack(FolderSource.scan(folder, skip_bad=True), tmp_path / "out", size=8, skip_bad_rows=True)
+    assert index.samples == 3 and index.pack["dropped"] == {"unreadable": 2}
