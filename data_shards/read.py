@@ -14,11 +14,13 @@ from data_shards.images import DecodeError
 from data_shards.index import ShardIndex
 from data_shards.lines import Place
 from data_shards.plan import Plan
+from data_shards.retry import FetchError
 from data_shards.sample import BadSample, BadSampleError, MicroBatch
 from data_shards.sample_reader import SampleReader
 from data_shards.store import Store
 
 BatchKey = tuple[int, int]  # step, index
+ReadError = BadSampleError | FetchError
 
 
 @final
@@ -124,7 +126,7 @@ def loader(
             batch = batches[key]
             yield batch.pin_memory() if pin else batch
         return
-    ahead: DataLoader[MicroBatch | BadSampleError] = DataLoader(
+    ahead: DataLoader[MicroBatch | ReadError] = DataLoader(
         _Delivered(batches),
         sampler=order,
         batch_size=None,
@@ -135,7 +137,7 @@ def loader(
         generator=torch.Generator(),  # else a DataLoader draws its base seed from the global one
     )
     for delivered in ahead:
-        if isinstance(delivered, BadSampleError):
+        if isinstance(delivered, BadSampleError | FetchError):
             raise delivered
         yield delivered
 
@@ -211,14 +213,14 @@ class _Order(Sampler[BatchKey]):
 
 
 @final
-class _Delivered(Dataset[MicroBatch | BadSampleError]):
+class _Delivered(Dataset[MicroBatch | ReadError]):
     """Hands a worker's error over as a value: a DataLoader would bury its message in a traceback."""
 
     def __init__(self, batches: MicroBatches) -> None:
         self._batches = batches
 
-    def __getitem__(self, key: BatchKey) -> MicroBatch | BadSampleError:
+    def __getitem__(self, key: BatchKey) -> MicroBatch | ReadError:
         try:
             return self._batches[key]
-        except BadSampleError as error:
+        except (BadSampleError, FetchError) as error:
             return error

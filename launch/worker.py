@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
+from data_shards.retry import FetchError, RefusedError
 from trainer.exit_codes import BAD_INPUT, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 from trainer.lease import Lease
 from trainer.stop import StopRequest, unblock_signals
@@ -171,7 +172,9 @@ def _exit_code(error: Exception) -> int:
             return BAD_INPUT
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO | errno.EROFS):
             return IO_ERROR
-        case OSError() | ImportError():
+        case RefusedError():  # a store that says no will say it again
+            return BAD_INPUT
+        case OSError() | ImportError() | FetchError():
             return CRASH
     from data_shards.ranks import PeerLost
     from trainer.engines.engine import NumericError
@@ -198,7 +201,7 @@ def _is_broken_collective(error: RuntimeError) -> bool:
 def _report(run_dir: Path | None, error: Exception, code: int) -> None:
     """Say why this rank ends: a message for what a user can mend, a traceback for our own faults."""
     rank = _rank()
-    if code == CRASH:
+    if code == CRASH and not isinstance(error, FetchError):
         text = "".join(traceback.format_exception(error))
     else:
         text = f"error: {error}\n" if rank == 0 else f"rank {rank}: error: {error}\n"

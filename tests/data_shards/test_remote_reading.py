@@ -127,12 +127,13 @@ def test_a_shard_that_was_changed_for_good_is_a_bad_one_under_the_policy(tmp_pat
     assert [bad.shard for bad in batch.replaced] == [changed.name] * 2 and len(batch.keys) == 2
 
 
-def test_a_store_that_is_down_is_no_bad_sample(tmp_path: Path, remote: ShardIndex, server: StoreServer) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_is_down_is_no_bad_sample(tmp_path: Path, remote: ShardIndex, server: StoreServer, workers: int) -> None:
     """It would empty the run of its data, shard by shard: the run ends, and the same command goes on."""
     for shard in remote.shards:
         server.faults[f"/faces/{shard.name}"].extend([FAULTS["503"]] * 20)
     with ShardCache(tmp_path / "cache", 2**40, policy=QUICK) as cache, pytest.raises(UnreachableError, match="503"):
-        reading(remote, cache, on_bad_sample="skip")[0, 0]
+        next(loader(reading(remote, cache, on_bad_sample="skip"), start_step=0, stop_step=1, indices=range(1), workers=workers))
 
 
 def test_what_was_read_once_is_read_again_without_the_store(
