@@ -5,7 +5,7 @@ from typing import Literal
 
 OnBadSample = Literal["raise", "skip"]
 ImageFormat = Literal["png", "webp", "jpg"]
-Field = Literal["image", "caption", "attributes"]
+Field = str  # image, caption, attributes, or the extension of a tensor: latents.npy
 
 INDEX_NAME = "index.json"
 INDEX_SCHEMA_VERSION = 2

@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_shards.config import MAX_REPLACEMENTS, Field, OnBadSample
+from data_shards.config import MAX_REPLACEMENTS, TENSOR_EXTENSION, Field, OnBadSample
 from data_shards.images import DecodeError
 from data_shards.index import ShardIndex
 from data_shards.lines import Place
@@ -28,7 +28,7 @@ class MicroBatches(Dataset[MicroBatch]):
     """Micro-batch (step, index) of a plan, for any step and index: `batches[step, index]`.
 
     indexes: the data sets that the plan was made for. on_bad_sample: "raise" ends with the sample's name; "skip" puts in another one by
-    the plan's rule and reports it. fields: images always; "caption" and "attributes" where asked for. sizes: width and height in pixels
+    the plan's rule and reports it. fields: "image", "caption", "attributes", or a tensor's extension. sizes: width and height in pixels
     that the images of each of the plan's buckets are brought to; None leaves them as they are stored.
     Raises: BadSampleError; FetchError if a remote store can't be reached; ValueError if plan and indexes differ.
     """
@@ -159,14 +159,26 @@ def read_all(index: ShardIndex, fields: Sequence[Field] = ("image",), *, limit: 
 
 
 class _Parts(NamedTuple):
-    """The texts to read of each sample; None for what was not asked for."""
+    """What to read of each sample; None and nothing for what was not asked for."""
 
+    images: bool
     caption: Callable[[int, int], str | None] | None
     attributes: Callable[[int, int], Mapping[str, str]] | None
+    tensors: tuple[str, ...]
 
 
 def _parts(reader: SampleReader, fields: Sequence[Field]) -> _Parts:
-    return _Parts(reader.caption if "caption" in fields else None, reader.attributes if "attributes" in fields else None)
+    tensors = tuple(name for name in fields if name.endswith(TENSOR_EXTENSION))
+    missing = [name for name in tensors if not all(name in shard.members for shard in reader.shards)]
+    if missing:
+        roots = ", ".join(str(index.root) for index in reader.indexes)
+        raise ValueError(f"{roots}: holds no {missing[0]}; make it with `halfstep shards encode`")
+    return _Parts(
+        "image" in fields,
+        reader.caption if "caption" in fields else None,
+        reader.attributes if "attributes" in fields else None,
+        tensors,
+    )
 
 
 def _batch(
@@ -175,10 +187,11 @@ def _batch(
     """Reads all places as one batch. Raises: DecodeError or OSError at the first bad one."""
     keys = reader.keys
     return MicroBatch(
-        images=reader.images(places, size),
+        images=reader.images(places, size) if parts.images else torch.empty((len(places), 3, 0, 0), dtype=torch.uint8),
         keys=tuple([keys[shard][position] for shard, position in places]),
         captions=tuple([parts.caption(*place) for place in places]) if parts.caption is not None else (),
         attributes=tuple([parts.attributes(*place) for place in places]) if parts.attributes is not None else (),
+        tensors={name: reader.tensors(places, name) for name in parts.tensors},
         replaced=replaced,
     )
 

@@ -1,7 +1,7 @@
 """What the reader hands over: a micro-batch, and the name of a sample that could not be read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from jaxtyping import UInt8
@@ -42,16 +42,18 @@ class BadSampleError(ValueError):
 class MicroBatch:
     """One micro-batch as it was delivered.
 
-    images: 0 .. 255; keys: of the samples really delivered; captions (None where a sample has none) and attributes are empty
-    where the reader was not asked for them; replaced: bad samples that others stand in for.
+    images: 0 .. 255; keys: of the samples really delivered; captions: None where a sample has none; tensors: by extension, such as
+    latents.npy; replaced: bad samples that others stand in for. What the reader was not asked for is empty: images of 0 x 0 pixels.
     """
 
     images: UInt8[Tensor, "b c h w"]
     keys: tuple[str, ...]
     captions: tuple[str | None, ...] = ()
     attributes: tuple[Mapping[str, str], ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     replaced: tuple[BadSample, ...] = ()
 
     def pin_memory(self) -> "MicroBatch":
-        """The same with its images in page-locked memory; what a DataLoader with pin_memory calls."""
-        return replace(self, images=self.images.pin_memory())
+        """The same with its images and tensors in page-locked memory; what a DataLoader with pin_memory calls."""
+        tensors = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
+        return replace(self, images=self.images.pin_memory(), tensors=tensors)

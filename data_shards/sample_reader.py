@@ -6,11 +6,12 @@ from io import FileIO
 from typing import final
 from zlib import crc32
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, IMAGE_FORMATS
-from data_shards.decode import attribute_strings, caption_text, fitted_images, images_tensor
+from data_shards.decode import attribute_strings, caption_text, fitted_images, images_tensor, tensor_of
 from data_shards.images import DecodeError, image_pixels, scaled_pixels
 from data_shards.index import Members, Shard, ShardIndex
 from data_shards.lines import Place
@@ -85,8 +86,12 @@ class SampleReader:
         for shard in [shard for shard in self._files if shard not in shards]:
             self._stores[shard].release(self._files.pop(shard))
 
-    def images(self, places: Sequence[Place], size: tuple[int, int] | None = None) -> UInt8[Tensor, "b c h w"]:
+    def images(
+        self, places: Sequence[Place], size: tuple[int, int] | None = None, memory: UInt8[Tensor, " n"] | None = None
+    ) -> UInt8[Tensor, "b c h w"]:
         """Each sample's image as it is stored; size: brought to this width and height, its edges cut off where the shape differs.
+
+        memory: where the pixels are put, by default into memory of their own.
 
         Raises: DecodeError, OSError, FetchError; ShardIndexError without a size where the images are not squares of one.
         """
@@ -96,12 +101,31 @@ class SampleReader:
             side = self.indexes[0].side()
             size = (side, side)
         if size == self._size:
-            return images_tensor([image_pixels(content, extension, size=size) for content, extension in encoded], size=size)
+            pixels = (image_pixels(content, extension, size=size) for content, extension in encoded)
+            return images_tensor(pixels, len(encoded), size=size, memory=memory)
         sizes = (self._index_of[shard].size_at(self.shards[shard], position) for shard, position in places)
         found = zip(encoded, sizes, strict=True)
-        return fitted_images(
-            [scaled_pixels(content, extension, size=stored, least=size) for (content, extension), stored in found], size=size
-        )
+        scaled = [scaled_pixels(content, extension, size=stored, least=size) for (content, extension), stored in found]
+        return fitted_images(scaled, size=size, memory=memory)
+
+    def tensors(self, places: Sequence[Place], extension: str) -> Tensor:
+        """The numbers of each sample's member of this extension, one above the other; all are of one shape.
+
+        Raises: DecodeError if one is missing or damaged; ValueError if their shapes differ; OSError, FetchError.
+        """
+        found: list[Tensor] = []
+        for shard, position in places:
+            content = self.content(shard, position, extension)
+            if content is None:
+                raise DecodeError(f"it has no {extension}")
+            tensor = tensor_of(content)
+            if found and tensor.shape != found[0].shape:
+                bad = self.bad(
+                    shard, position, f"its {extension} is of shape {tuple(tensor.shape)}, that of others {tuple(found[0].shape)}"
+                )
+                raise ValueError(f"{bad}; encode all shards with one --size")
+            found.append(tensor)
+        return torch.stack(found)
 
     def caption(self, shard: int, position: int) -> str | None:
         """A sample's caption, None if it has none. Raises: DecodeError, OSError, FetchError."""
