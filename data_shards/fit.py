@@ -56,13 +56,11 @@ class Fit:
 @final
 @dataclass(frozen=True)
 class Fitted:
-    """An image as it is packed: its member's extension and bytes, its size in pixels, and the sha256 of its pixels."""
+    """An image as it is packed: its member's extension and bytes, and its RGB pixels."""
 
     extension: ImageFormat
     content: bytes
-    width: int
-    height: int
-    pixels_sha256: str
+    pixels: Image.Image
 
 
 @contextmanager
@@ -121,15 +119,15 @@ def fit_image(image: ImageFile.ImageFile, fit: Fit, content: bytes) -> Fitted:
     plain = own_format != "MPO" and mode in ("RGB", "L") and not transparent and turned == 1
     own = _OWN_FORMATS[own_format or ""]
     if fit.image_format == "keep" and plain and pixels.size == size:
-        return Fitted(own, content, *size, pixels_sha256(pixels))
+        return Fitted(own, content, pixels)
     extension = own if fit.image_format == "keep" else fit.image_format
-    return Fitted(extension, encode_image(pixels, extension), *pixels.size, pixels_sha256(pixels))
+    return Fitted(extension, encode_image(pixels, extension), pixels)
 
 
 def fit_drawn(image: Image.Image, fit: Fit) -> Fitted:
     """An RGB image that a source drew at the wanted size."""
     extension: ImageFormat = "png" if fit.image_format == "keep" else fit.image_format
-    return Fitted(extension, encode_image(image, extension), *image.size, pixels_sha256(image))
+    return Fitted(extension, encode_image(image, extension), image)
 
 
 def pixels_sha256(image: Image.Image) -> str:

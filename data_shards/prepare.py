@@ -7,7 +7,7 @@ from typing import Literal, final
 
 from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, MAX_ATTRIBUTES_BYTES, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
 from data_shards.filters import DropReason, Filters
-from data_shards.fit import UNFIT, Fit, Fitted, fit_drawn, fit_image, open_image
+from data_shards.fit import UNFIT, Fit, Fitted, fit_drawn, fit_image, open_image, pixels_sha256
 from data_shards.rows import Row, UnreadableRow
 from data_shards.write import Block, block
 
@@ -55,8 +55,8 @@ def prepared(row: Row | UnreadableRow, how: Preparation) -> Prepared | DropReaso
         case "bytes" if isinstance(row.image, bytes):
             sha256 = hashlib.sha256(row.image).hexdigest()
         case _:
-            sha256 = fitted.pixels_sha256
-    return Prepared(row.key, blocks, (fitted.width, fitted.height), sha256)
+            sha256 = pixels_sha256(fitted.pixels)
+    return Prepared(row.key, blocks, fitted.pixels.size, sha256)
 
 
 def _fitted(row: Row, how: Preparation) -> Fitted | DropReason:
