@@ -27,7 +27,7 @@ def images_tensor(
     width, height = size
     row_bytes = 3 * width * height
     rows = torch.empty(count * row_bytes, dtype=torch.uint8) if memory is None else memory[: count * row_bytes]
-    written = memoryview(rows.numpy())
+    written = rows.numpy().data
     for row, content in enumerate(pixels):
         written[row * row_bytes : (row + 1) * row_bytes] = content
     return rows.view(count, height, width, 3).permute(0, 3, 1, 2)

@@ -3,11 +3,13 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data_shards.config import MAX_REPLACEMENTS, TENSOR_EXTENSION, Field, OnBadSample
 from data_shards.images import DecodeError
@@ -15,11 +17,14 @@ from data_shards.index import ShardIndex
 from data_shards.lines import Place
 from data_shards.plan import Plan
 from data_shards.retry import FetchError
+from data_shards.ring import Ring
 from data_shards.sample import BadSample, BadSampleError, MicroBatch
 from data_shards.sample_reader import SampleReader
 from data_shards.store import Store
 
 BatchKey = tuple[int, int]  # step, index
+AHEAD = 4  # micro-batches that a worker may be asked for before they are needed
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 ReadError = BadSampleError | FetchError
 
 
@@ -53,18 +58,30 @@ class MicroBatches(Dataset[MicroBatch]):
         self._coming: dict[int, tuple[int, ...]] = {}
         self._between: set[int] = set()
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the pixels of a micro-batch. Raises: ShardIndexError as reading it does."""
+        if not self._parts.images:
+            return 0
+        side = self._reader.indexes[0].side() if self._sizes is None else 0
+        return self.plan.micro_batch_size * 3 * max(width * height for width, height in self._sizes or [(side, side)])
+
     def __getitem__(self, key: BatchKey) -> MicroBatch:
         """Reads, checks and decodes one micro-batch."""
+        return self.read(key)
+
+    def read(self, key: BatchKey, memory: UInt8[Tensor, " n"] | None = None) -> MicroBatch:
+        """The same; memory: where its pixels are put, at least `most_bytes`."""
         step, index = key
         places = self.plan.places(step, index)
         size = None if self._sizes is None else self._sizes[self.plan.bucket(step, index)]
         if index in self._between or not self._reader.are_open(places):
             self._go_on(step, index, places)
         try:
-            return _batch(self._reader, self._parts, places, size, ())
+            return _batch(self._reader, self._parts, places, size, (), memory)
         except (DecodeError, OSError):
             good, replaced = self._mended(step, index, places, size)
-            return _batch(self._reader, self._parts, good, size, replaced)
+            return _batch(self._reader, self._parts, good, size, replaced, memory)
 
     def _mended(
         self, step: int, index: int, places: Sequence[Place], size: tuple[int, int] | None
@@ -126,20 +143,21 @@ def loader(
             batch = batches[key]
             yield batch.pin_memory() if pin else batch
         return
-    ahead: DataLoader[MicroBatch | ReadError] = DataLoader(
-        _Delivered(batches),
+    # A worker has AHEAD batches asked of it while one more is handed over here.
+    ring = Ring(workers=workers, slots=AHEAD + 1, slot_bytes=batches.most_bytes)
+    ahead: DataLoader[_Placed | ReadError] = DataLoader(
+        _Delivered(batches, ring),
         sampler=order,
         batch_size=None,
         num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=4,
+        prefetch_factor=AHEAD,
         worker_init_fn=_leave_to_the_rank,
         generator=torch.Generator(),  # else a DataLoader draws its base seed from the global one
     )
     for delivered in ahead:
         if isinstance(delivered, BadSampleError | FetchError):
             raise delivered
-        yield delivered
+        yield _taken(delivered, ring, pin=pin)
 
 
 def read_all(index: ShardIndex, fields: Sequence[Field] = ("image",), *, limit: int | None = None) -> MicroBatch:
@@ -182,12 +200,17 @@ def _parts(reader: SampleReader, fields: Sequence[Field]) -> _Parts:
 
 
 def _batch(
-    reader: SampleReader, parts: _Parts, places: Sequence[Place], size: tuple[int, int] | None, replaced: tuple[BadSample, ...]
+    reader: SampleReader,
+    parts: _Parts,
+    places: Sequence[Place],
+    size: tuple[int, int] | None,
+    replaced: tuple[BadSample, ...],
+    memory: UInt8[Tensor, " n"] | None = None,
 ) -> MicroBatch:
     """Reads all places as one batch. Raises: DecodeError or OSError at the first bad one."""
     keys = reader.keys
     return MicroBatch(
-        images=reader.images(places, size) if parts.images else torch.empty((len(places), 3, 0, 0), dtype=torch.uint8),
+        images=reader.images(places, size, memory) if parts.images else torch.empty((len(places), 3, 0, 0), dtype=torch.uint8),
         keys=tuple([keys[shard][position] for shard, position in places]),
         captions=tuple([parts.caption(*place) for place in places]) if parts.caption is not None else (),
         attributes=tuple([parts.attributes(*place) for place in places]) if parts.attributes is not None else (),
@@ -226,14 +249,43 @@ class _Order(Sampler[BatchKey]):
 
 
 @final
-class _Delivered(Dataset[MicroBatch | ReadError]):
-    """Hands a worker's error over as a value: a DataLoader would bury its message in a traceback."""
+@dataclass(frozen=True)
+class _Placed:
+    """A micro-batch whose images lie in a slot of the ring; shape: theirs."""
 
-    def __init__(self, batches: MicroBatches) -> None:
+    batch: MicroBatch
+    shape: torch.Size
+    worker: int
+    turn: int
+
+
+@final
+class _Delivered(Dataset[_Placed | ReadError]):
+    """In a worker: decodes into the ring, which is quicker than handing tensors over for small batches and for large ones.
+
+    An error is handed over as a value: a DataLoader would bury its message in a traceback.
+    """
+
+    def __init__(self, batches: MicroBatches, ring: Ring) -> None:
         self._batches = batches
+        self._ring = ring
+        self._turn = 0
 
-    def __getitem__(self, key: BatchKey) -> MicroBatch | ReadError:
+    def __getitem__(self, key: BatchKey) -> _Placed | ReadError:
+        worker = get_worker_info()
+        assert worker is not None, "only workers read through a ring"
+        turn, self._turn = self._turn, self._turn + 1
         try:
-            return self._batches[key]
+            batch = self._batches.read(key, self._ring.slot(worker.id, turn))
         except (BadSampleError, FetchError) as error:
             return error
+        return _Placed(replace(batch, images=_NOTHING), batch.images.shape, worker.id, turn)
+
+
+def _taken(placed: _Placed, ring: Ring, *, pin: bool) -> MicroBatch:
+    """The micro-batch with its images copied out of the ring."""
+    count, channels, height, width = placed.shape
+    slot = ring.slot(placed.worker, placed.turn)[: placed.shape.numel()]
+    images = torch.empty(placed.shape.numel(), dtype=torch.uint8, pin_memory=pin).copy_(slot)
+    batch = replace(placed.batch, images=images.view(count, height, width, channels).permute(0, 3, 1, 2))
+    return batch.pin_memory() if pin else batch
