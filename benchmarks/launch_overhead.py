@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.measure import machine
-from launch.start import pack_faces
+from launch.data import pack_faces
 from tests.cluster.ray_cluster import ray_pool
 from tests.cluster.runs import lines, logged_steps
 from tests.cluster.slurm_cluster import Host, Slurm, missing_programs

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.start import pack_faces
+from launch.data import pack_faces
 from trainer.config import FacesConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.models.tiny_unet import build_tiny_unet, shard_units

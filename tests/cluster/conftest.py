@@ -23,7 +23,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The faces that all runs learn."""
-    from launch.start import pack_faces
+    from launch.data import pack_faces
     from tests.distributed.runs import RECIPE
     from trainer.config_io import load_recipe
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.start import pack_faces
+from launch.data import pack_faces
 from launch.submitted import submissions
 from tests.cluster.ray_cluster import RayPool, ray_pool
 from tests.distributed.runs import RECIPE, descendants, run, wait_until

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import final
 
+from launch.data import pack_faces
 from launch.run_dir import freeze
-from launch.start import pack_faces
 from tests.distributed.pool import Pools
 from tests.distributed.runs import curves
 from trainer.config import FacesConfig

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from launch.start import pack_faces
+from launch.data import pack_faces
 from trainer.config_io import load_recipe
 
 RECIPE = Path(__file__).with_name("chain.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.start import pack_faces
+from launch.data import pack_faces
 from tests.distributed.runs import run, started
 from trainer.config import FacesConfig
 from trainer.manifest import committed, newest_checkpoint
