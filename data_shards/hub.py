@@ -19,6 +19,7 @@ from data_shards.hub_datasets import (
     columns_of,
     downloaded,
     online_builder,
+    table_errors,
     table_records,
     terms,
     undecoded,
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 ARCHIVES = ("zip", "tar", "gzip")
+
+
+class _NoImageError(ValueError):
+    """A row whose image can't be had, though the Hub is there; says why."""
 
 
 @final
@@ -139,7 +144,7 @@ class HubSource:
     def _streamed(self, part: Part) -> Iterator[Record]:
         """Records of one file; those before `first` are passed over undecoded."""
         stream = _stream(self.repo, self.config, self.split, self.revision, os.getpid())
-        with hub_errors(self.repo, revision=self.revision), without_torch():
+        with table_errors(self.repo, self.revision), without_torch():
             rows = stream.shard(num_shards=self.stream_files, index=part.file).select_columns(self.columns.names)
             rows = rows.skip(part.first) if part.first else rows
             for record in rows if part.count is None else rows.take(part.count):
@@ -153,34 +158,32 @@ class HubSource:
         if content is None:
             try:
                 content = self._file(path)
-            except (ValueError, FileNotFoundError) as error:
+            except (_NoImageError, FileNotFoundError) as error:
                 return UnreadableRow(key, str(error), where)
         if len(content) > MAX_IMAGE_BYTES:
             return UnreadableRow(key, f"its image has {len(content)} bytes, at most {MAX_IMAGE_BYTES} are allowed", where)
         labels = {name: names[number] for name, names in self.columns.labels.items() if (number := _label(record[name], len(names))) >= 0}
-        extra = {"file": PurePosixPath(path).name} if path else {}
+        extra = {"file": PurePosixPath(path.partition("::")[0]).name} if path else {}
         return Row(key, content, caption, labels, extra, where)
 
     def _file(self, path: str | None) -> bytes:
         """The bytes of an image that a row only names: a file of this data set at this commit, or one that `datasets` put in its cache.
 
-        Raises: ValueError for any other place: a table must not be able to name the user's own files, nor let them be fetched.
+        Raises: _NoImageError for any other place: a table must not be able to name the user's own files, nor let them be fetched.
         """
         if not path:
-            raise ValueError("it has no image")
+            raise _NoImageError("it has no image")
         if path.startswith(("http://", "https://")):
-            raise ValueError("its image is only a URL, which is not fetched; download the images first and pack them as a folder")
-        if path.startswith("/"):
-            return _cached_file(path)
+            raise _NoImageError("its image is only a URL, which is not fetched; download the images first and pack them as a folder")
         import fsspec
 
         *archives, home = path.split("::")
         prefix = f"hf://datasets/{self.repo}@{self.revision}/"
-        if not archives and "://" not in home:
+        if not archives and "://" not in home and not home.startswith("/"):
             home = prefix + home
-        ours = home.startswith(prefix) and ".." not in PurePosixPath(home).parts
+        ours = _is_cached(home) if home.startswith("/") else home.startswith(prefix) and ".." not in PurePosixPath(home).parts
         if not ours or any(step.partition("://")[0] not in ARCHIVES for step in archives):
-            raise ValueError(f"its image is at {path[:100]}, which is no file of this data set")
+            raise _NoImageError(f"its image is at {path[:100]}, which is no file of this data set")
         opened = fsspec.open("::".join([*archives, home]), "rb")
         assert isinstance(opened, fsspec.core.OpenFile), "one name is one file"
         with hub_errors(self.repo, revision=self.revision), opened as file:
@@ -220,14 +223,11 @@ def _label(value: object, names: int) -> int:
     return value if isinstance(value, int) and 0 <= value < names else -1
 
 
-def _cached_file(path: str) -> bytes:
-    """A file of the caches of `datasets` and huggingface_hub. Raises: ValueError for any other."""
+def _is_cached(path: str) -> bool:
+    """Whether a local file is one that `datasets` or huggingface_hub put into their caches."""
     from datasets import config as settings
     from huggingface_hub import constants
 
     whole = Path(os.path.realpath(path))
-    roots = [os.path.realpath(root) for root in (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)]
-    if not any(whole.is_relative_to(root) for root in roots):
-        raise ValueError(f"its image is at {path[:100]}, which is no file of this data set")
-    with whole.open("rb") as file:
-        return file.read(MAX_IMAGE_BYTES + 1)
+    roots = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return any(whole.is_relative_to(os.path.realpath(root)) for root in roots)

@@ -29,11 +29,7 @@ def online_builder(repo: str, config: str | None, sha: str) -> DatasetBuilder:
             # hf://: a folder OWNER/NAME in the working directory is not meant
             builder = datasets.load_dataset_builder(f"hf://datasets/{repo}", name=config, revision=sha)
         except ValueError as error:
-            names = datasets.get_dataset_config_names(f"hf://datasets/{repo}", revision=sha)
-            if config in names or (config is None and len(names) < 2):
-                raise
-            asked = "is made of several configs" if config is None else f"has no config {config!r}"
-            raise ValueError(f"{repo} {asked}; give --config with one of {', '.join(names)}") from error
+            raise _config_error(repo, config, sha, error) from error
         except (DataFilesNotFoundError, EmptyDatasetError):
             raise ValueError(
                 f"{repo} holds no file that `datasets` reads (parquet, webdataset, images, json, csv); give another one"
@@ -43,6 +39,20 @@ def online_builder(repo: str, config: str | None, sha: str) -> DatasetBuilder:
             f"{repo} on the Hugging Face Hub can't be read right now; try again, or set HF_HUB_OFFLINE=1 to work with what is in the cache"
         )
     return builder
+
+
+def _config_error(repo: str, config: str | None, sha: str, error: ValueError) -> ValueError:
+    """Why there is no builder: the config that is asked for, or else the card."""
+    import datasets
+
+    names: list[str] = []
+    with suppress(ValueError):
+        names = datasets.get_dataset_config_names(f"hf://datasets/{repo}", revision=sha)
+    if config in names or (config is None and len(names) < 2):
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return ValueError(f"{repo} at {sha}: the configs of its card can't be read ({reason}); give another revision")
+    asked = "is made of several configs" if config is None else f"has no config {config!r}"
+    return ValueError(f"{repo} {asked}; give --config with one of {', '.join(names) or 'those that its page lists'}")
 
 
 def cached_builder(repo: str, config: str | None, revision: str | None) -> DatasetBuilder:
@@ -84,17 +94,27 @@ def check_split(builder: DatasetBuilder, repo: str, split: str) -> None:
         raise ValueError(f"{repo} has no split {split!r}; give --split with one of {', '.join(splits)}")
 
 
+@contextmanager
+def table_errors(repo: str, sha: str) -> Iterator[None]:
+    """Errors of the Hub as hub_errors tells them; those of files that are no tables, or not alike, name the data set."""
+    from datasets.exceptions import DatasetsError
+
+    with hub_errors(repo, revision=sha):
+        try:
+            yield
+        except (DatasetsError, ValueError) as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{repo} at {sha}: its files can't be read as one table ({reason}); give another revision or data set"
+            ) from error
+
+
 def downloaded(builder: DatasetBuilder, repo: str, split: str) -> Dataset:
     """A split as Arrow files in the cache."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
-    with hub_errors(repo, revision=str(builder.hash)):
-        try:
-            builder.download_and_prepare()
-        except DatasetsError as error:
-            reason = str(error.__cause__ or error).partition("\n")[0]
-            raise ValueError(f"{repo} at {builder.hash} can't be made into tables ({reason}); give another revision or data set") from error
+    with table_errors(repo, str(builder.hash)):
+        builder.download_and_prepare()
         table = builder.as_dataset(split=split)
     assert isinstance(table, datasets.Dataset), "one split is one table"
     return table
@@ -116,7 +136,9 @@ def undecoded(builder: DatasetBuilder, repo: str, split: str) -> IterableDataset
     """A split that is read over the network, its images as the bytes they are."""
     import datasets
 
-    with hub_errors(repo, revision=str(builder.hash)), without_torch():
+    with table_errors(repo, str(builder.hash)), without_torch():
+        if "decode_num_threads" in vars(builder.config):  # folders of images are decoded by threads otherwise
+            vars(builder.config)["decode_num_threads"] = 0
         stream = builder.as_streaming_dataset(split=split)
         assert isinstance(stream, datasets.IterableDataset), "one split is one stream"
         stream = stream if stream.features is not None else stream._resolve_features()

@@ -75,6 +75,8 @@ def test_a_push_goes_on_where_it_stopped_and_sends_nothing_twice(pushed: dict[st
     assert pushed["continued"] == {"location": f"hf://datasets/{REPO}@{hub.head(FOLDER)}"} == pushed["again"]
     commits = [path for path in hub.paths() if path.startswith(f"POST /api/{FOLDER}/commit/")]
     assert len(commits) == 5  # a shard; one that fails; two shards; index and card: none for what is there already
+    asked = [path for path in hub.paths() if path.startswith(f"POST /api/{FOLDER}/preupload/")]
+    assert len(asked) == 6  # the same, and index and card of the third push: what is there is not even offered
     sent = [path for path in hub.paths() if path.startswith("PUT /lfs/")]
     for shard in ShardIndex.load(packed).shards:
         assert sent.count(f"PUT /lfs/{shard.sha256}") == 1
