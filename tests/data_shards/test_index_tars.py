@@ -354,6 +354,7 @@ write_line({
 """
 SPIN = "from data_shards.confined import arguments, confine\nconfine(arguments())\nwhile True: pass\n"
 SLEEP = "import time\nfrom data_shards.confined import arguments, confine\nconfine(arguments())\ntime.sleep(60)\n"
+STUCK = "import time\ntime.sleep(60)\n"  # before it has bound itself
 SHOUT = "from data_shards.confined import write_line\nwhile True: write_line({'a': 'b' * 1000})\n"
 SILENT = "pass\n"
 
@@ -385,6 +386,7 @@ def test_a_confined_process_can_open_write_and_connect_nothing(confined: Path, m
     [
         (SPIN, "more than 1 s of processor time"),
         (SLEEP, "more than 2 s"),
+        (STUCK, "more than 2 s"),
         (SHOUT, "more to tell than 4096 bytes"),
         (SILENT, "without an answer"),
     ],
