@@ -30,9 +30,12 @@ LISTED_LEFT_OUT = 100  # in the index; all are counted
 
 
 class Asked(Protocol):
-    """Whether this rank was asked to stop, and by what ("" while it was not)."""
+    """Whether this rank was asked to stop."""
 
-    reason: str
+    @property
+    def reason(self) -> str:
+        """By what; empty while it was not."""
+        ...
 
 
 class Beat(Protocol):

