@@ -20,7 +20,7 @@ READERS: Mapping[str, type[ImageFile.ImageFile]] = {
     "jpg": JpegImageFile,
     "jpeg": JpegImageFile,
 }
-PLAIN_PNG_BYTES = 2**20  # a PNG up to this size has too few chunks to cost a reader more than milliseconds
+SMALL_IMAGE_BYTES = 2**20  # up to this size a PNG has too few chunks, a JPEG too few segments, to cost a reader a second
 # what Pillow raises on bytes that are no image of that format, or a damaged one
 IMAGE_ERRORS = (
     Image.DecompressionBombError,
@@ -75,10 +75,10 @@ def _check_cost(content: bytes, extension: str, size: tuple[int, int]) -> None:
     """
     if size[0] * size[1] > MAX_IMAGE_PIXELS:
         raise DecodeError(f"the index says {size[0]} x {size[1]} pixels, at most {MAX_IMAGE_PIXELS} pixels are decoded")
-    if extension in ("jpg", "jpeg"):
-        check_scans(content)
-    elif extension == "webp" or len(content) > PLAIN_PNG_BYTES:
+    if extension == "webp" or len(content) > SMALL_IMAGE_BYTES:
         image_header_size(content, extension)
+    elif extension in ("jpg", "jpeg"):
+        check_scans(content)
 
 
 def plain_image(image: Image.Image) -> Image.Image:
