@@ -346,7 +346,7 @@ def attempt(what):
         return type(error).__name__
 write_line({
     "done": attempt(lambda: open("/etc/hostname")),
-    "write": attempt(lambda: open("/tmp/canary-of-halfstep", "w")),
+    "write": attempt(lambda: open("CANARY", "w")),
     "connect": attempt(lambda: socket.socket()),
     "memory": attempt(lambda: bytes(2**29)),
     "secret": os.environ.get("HF_TOKEN"),
@@ -368,7 +368,7 @@ def confined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_confined_process_can_open_write_and_connect_nothing(confined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a secret")
-    (confined / "probe.py").write_text(PROBE)
+    (confined / "probe.py").write_text(PROBE.replace("CANARY", str(confined / "canary")))
     with (confined / "probe.py").open("rb") as file:
         (said,) = confined_lines("probe", file, Limits(2**28, 5, 5, 2**20))
     assert [said[what] for what in ("done", "write", "connect", "memory", "secret")] == [
@@ -378,7 +378,7 @@ def test_a_confined_process_can_open_write_and_connect_nothing(confined: Path, m
         "MemoryError",
         None,
     ]
-    assert not Path("/tmp/canary-of-halfstep").exists()
+    assert not (confined / "canary").exists()
 
 
 @pytest.mark.parametrize(
