@@ -1,113 +1,188 @@
-"""Images a second of our reader against stock webdataset and against decoding alone; one JSON object a line."""
+"""Images a second of our reader against other readers and against decoding alone; one JSON object a line for each case."""
 
 import argparse
+import gc
+import multiprocessing
+import os
+import re
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import final
 
+# Data sets of Hugging Face are on this disk; nothing is to be asked for or left behind elsewhere.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+import datasets
 import torch
-import webdataset
 from measure import print_ratio
-from webdataset.compat import WebDataset
+from reader_images import Stored, stored_images
+from reader_peers import BATCH_SIZE, PEERS, decoding_batches
+from torch import Tensor
 
-from data_shards.decode import images_tensor
-from data_shards.faces import FacesSource
-from data_shards.images import image_pixels
-from data_shards.index import ShardIndex
-from data_shards.pack import pack
+from data_shards.config import ImageFormat
 from data_shards.plan import Plan
 from data_shards.read import MicroBatches, loader
 
-MICRO_BATCH_SIZE = 16
-GLOBAL_BATCH_SIZE = 32
-TURNS = 4
-BATCHES_A_TURN = 32
+GLOBAL_BATCH_SIZE = 2 * BATCH_SIZE
+TURN_SECONDS = {1: 0.06, 2: 0.4}
+"""By processes. Where two workers take turns with others', a turn must be long against a batch that is half done when it ends."""
+FORMATS: tuple[ImageFormat, ...] = ("jpg", "png", "webp")
+OURS, DECODING = "ours", "decoding"
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """What is read; side: scaled to this many pixels while it is decoded, None as it is stored."""
+
+    extension: ImageFormat
+    stored_side: int
+    side: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As --case wants it, such as jpg-512 or jpg-512-to-64."""
+        return f"{self.extension}-{self.stored_side}" + (f"-to-{self.side}" if self.side is not None else "")
+
+
+CASES = (*(Case(extension, side) for side in (64, 512) for extension in FORMATS), Case("jpg", 512, 64))
 
 
 def main() -> None:
-    """Packs faces, then reads them in three ways by turns."""
+    """Makes the images of each case, stores them for each reader and lets all of them read by turns."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer images and repeats, under a minute")
-    parser.add_argument("--repeats", type=int, help="repeats to take (21 with --quick, else 61)")
-    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument("--quick", action="store_true", help="fewer images and repeats, under two minutes")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this one; may be repeated")
+    parser.add_argument("--processes", type=int, choices=(1, 2), help="only with so many")
+    parser.add_argument("--repeats", type=int, help="repeats to take (5 with --quick, else 25)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    images, repeats = (1024, 21) if options.quick else (6016, 61)
+    datasets.disable_progress_bars()
+    repeats = options.repeats or (5 if options.quick else 25)
+    cases = [case for case in CASES if options.case is None or case.name in options.case]
     with tempfile.TemporaryDirectory() as folder:
-        index = pack(FacesSource("open-peeps", images), folder, size=options.size)
-        compare(index, repeats=options.repeats or repeats)
+        os.environ["HF_HOME"] = folder
+        stored: dict[tuple[str, int], Stored] = {}
+        for case in cases:
+            key = case.extension, case.stored_side
+            if key not in stored:
+                distinct = (8 if options.quick else 24) if case.stored_side > 64 else (32 if options.quick else 256)
+                samples = 256 if case.stored_side > 64 else 2048
+                root = Path(folder) / case.name
+                stored[key] = stored_images(root, case.extension, case.stored_side, distinct=distinct, samples=samples)
+            for processes in (1, 2) if options.processes is None else (options.processes,):
+                compare(case, stored[key], processes, repeats=repeats)
 
 
-def compare(index: ShardIndex, *, repeats: int) -> None:
-    """Print a line for each of the two things we are measured against."""
-    readers = {"ours": our_batches(index), "webdataset": webdataset_batches(index), "decoding": decoded_batches(index)}
-    taken = [one_repeat(readers, first=repeat) for repeat in range(repeats + 1)][1:]  # the first one warms caches
-    baselines = {"webdataset": f"webdataset {webdataset.__version__}", "decoding": "the same decoder on bytes in memory"}
-    for name, against in baselines.items():
-        ratios = [seconds[name] / seconds["ours"] for seconds in taken]
-        ours, theirs = (1 / statistics.median(seconds[reader] for seconds in taken) for reader in ("ours", name))
-        speeds = {"images_per_second": ours, "images_per_second_against": theirs}
-        print_ratio(f"reader_against_{name}", ratios, against=against, **speeds)
+def compare(case: Case, stored: Stored, processes: int, *, repeats: int) -> None:
+    """Print the case's line: ours against the best of the others, and everyone's images a second."""
+    build = {OURS: our_batches, **PEERS, DECODING: decoding_batches}
+    with readers_of(build, case, stored, 0 if processes == 1 else processes) as readers:
+        batches = batches_a_turn(readers[DECODING], processes)
+        taken = [one_repeat(readers, batches, first=repeat) for repeat in range(repeats + 1)][1:]  # the first one warms caches
+    speeds = {name: BATCH_SIZE * batches / statistics.median(turn[name] for turn in taken) for name in build}
+    best = max(PEERS, key=lambda name: speeds[name])
+    of_decoding = statistics.median(turn[DECODING] / turn[OURS] for turn in taken)
+    print_ratio(
+        f"reader_{case.name.replace('-', '_')}_{processes}_process{'es' if processes > 1 else ''}",
+        [turn[best] / turn[OURS] for turn in taken],
+        against=best,
+        percent_of_decoding=100 * of_decoding,
+        **{f"{key_of(name)}_images_per_second": speed for name, speed in speeds.items()},
+    )
 
 
-def one_repeat(readers: Mapping[str, Iterator[torch.Tensor]], *, first: int) -> dict[str, float]:
-    """Seconds an image of each reader, which take turns of about 20 ms, so that a busy machine slows all of them alike."""
+def key_of(name: str) -> str:
+    """A reader's name without its version, as a key."""
+    return re.sub(r"[^a-z]+", "_", re.sub(r"[0-9.]+", "", name)).strip("_")
+
+
+def batches_a_turn(decoding: "Reader", processes: int) -> int:
+    """How many batches everybody reads in a turn; as many for each worker."""
+    decoding.seconds(2 * processes)
+    seconds = decoding.seconds(4 * processes) / (4 * processes)
+    return max(2, round(TURN_SECONDS[processes] / seconds / processes)) * processes
+
+
+def one_repeat(readers: Mapping[str, "Reader"], batches: int, *, first: int) -> dict[str, float]:
+    """Seconds of a turn of each reader; the one who begins changes, and a busy machine slows all of them alike."""
     names = list(readers)
-    seconds = dict.fromkeys(names, 0.0)
-    for turn in range(TURNS):
-        for place in range(len(names)):
-            name = names[(first + turn + place) % len(names)]
-            reader, start = readers[name], time.perf_counter()
-            for _ in range(BATCHES_A_TURN):
-                next(reader)
-            seconds[name] += time.perf_counter() - start
-    return {name: value / (TURNS * BATCHES_A_TURN * MICRO_BATCH_SIZE) for name, value in seconds.items()}
+    turns = [names[(first + place) % len(names)] for place in range(len(names))]
+    return {name: readers[name].seconds(batches) for name in turns}
 
 
-def our_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
-    """The plan's batches on one rank, in this process, epoch after epoch, as training reads them."""
-    plan = Plan(index.samples_per_shard, seed=0, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE)
-    for batch in loader(MicroBatches(index, plan), start_step=0, stop_step=sys.maxsize, indices=range(plan.micro_batches)):
-        yield batch.images
+@final
+class Reader:
+    """Endless batches whose worker processes stand still when it isn't their turn."""
+
+    def __init__(self, start: Callable[[], Iterator[Tensor]], shape: tuple[int, ...] | None) -> None:
+        before = set(multiprocessing.active_children())
+        self._batches = start()
+        found = next(self._batches)
+        if shape is not None and (tuple(found.shape) != shape or found.dtype != torch.uint8):
+            raise RuntimeError(f"a reader gives {tuple(found.shape)} of {found.dtype}, wanted {shape} of uint8")
+        self._workers: list[BaseProcess] = [child for child in multiprocessing.active_children() if child not in before]
+        self.send(signal.SIGSTOP)
+
+    def seconds(self, batches: int) -> float:
+        """How long reading so many takes."""
+        self.send(signal.SIGCONT)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(self._batches)
+        seconds = time.perf_counter() - start
+        self.send(signal.SIGSTOP)
+        return seconds
+
+    def send(self, number: signal.Signals) -> None:
+        """To its own workers."""
+        for worker in self._workers:
+            if worker.pid is not None:
+                os.kill(worker.pid, number)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.send(signal.SIGCONT)
+        del self._batches
+        gc.collect()
+        for worker in self._workers:
+            worker.join()
 
 
-def webdataset_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
-    """Stock webdataset, unshuffled and so at its fastest, with our decoder."""
-
-    def pixels(sample: tuple[bytes]) -> bytes:
-        return image_pixels(sample[0], "png", size=(index.side(), index.side()))
-
-    def tensor(rows: list[bytes]) -> torch.Tensor:
-        return images_tensor(rows, image_size=index.side())
-
-    urls = [str(index.root / shard.name) for shard in index.shards]
-    dataset = WebDataset(urls, shardshuffle=False).to_tuple("png").map(pixels)
-    batched = cast("Iterable[torch.Tensor]", dataset.batched(MICRO_BATCH_SIZE, collation_fn=tensor, partial=False))
-    while True:
-        yield from batched
+Build = Callable[[Stored, int | None, int], Iterator[Tensor]]
 
 
-def decoded_batches(index: ShardIndex) -> Iterator[torch.Tensor]:
-    """Every image's bytes, already in memory, to batches of pixels."""
-    contents = encoded_images(index)
-    while True:
-        for first in range(0, len(contents) - MICRO_BATCH_SIZE + 1, MICRO_BATCH_SIZE):
-            rows = [
-                image_pixels(content, "png", size=(index.side(), index.side())) for content in contents[first : first + MICRO_BATCH_SIZE]
-            ]
-            yield images_tensor(rows, image_size=index.side())
+@contextmanager
+def readers_of(build: Mapping[str, Build], case: Case, stored: Stored, workers: int) -> Iterator[dict[str, Reader]]:
+    """All readers of a case, each having given a batch."""
+    side = case.side or case.stored_side
+    readers: dict[str, Reader] = {}
+    try:
+        for name, make in build.items():
+            shape = None if name == DECODING else (BATCH_SIZE, 3, side, side)
+            readers[name] = Reader(partial(make, stored, case.side, workers), shape)
+        yield readers
+    finally:
+        for reader in readers.values():
+            reader.close()
 
 
-def encoded_images(index: ShardIndex) -> list[bytes]:
-    """The PNG bytes of every sample, in the order of the index."""
-    contents: list[bytes] = []
-    for shard in index.shards:
-        tar, members = (index.root / shard.name).read_bytes(), shard.members["png"]
-        contents += [tar[offset : offset + size] for offset, size in zip(members.offsets, members.sizes, strict=True)]
-    return contents
+def our_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+    """The plan's shuffled batches of one rank, epoch after epoch, as training reads them; every byte is compared with its crc32."""
+    index = stored.index
+    plan = Plan(index.samples_per_shard, seed=0, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=BATCH_SIZE)
+    batches = MicroBatches(index, plan, sizes=None if side is None else [(side, side)])
+    read = loader(batches, start_step=0, stop_step=sys.maxsize // plan.micro_batches, indices=range(plan.micro_batches), workers=workers)
+    return (batch.images for batch in read)
 
 
 if __name__ == "__main__":
