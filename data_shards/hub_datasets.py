@@ -195,7 +195,7 @@ def columns_of(features: Mapping[str, object]) -> dict[str, Column]:
 
 def terms(repo: str, sha: str, *, offline: bool) -> dict[str, object]:
     """Licence and tags as the data set's card states them; the account that holds it is named as the creator."""
-    from huggingface_hub import DatasetCard, constants, hf_hub_download
+    from huggingface_hub import DatasetCard, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     card: dict[str, object] = {}
@@ -215,5 +215,5 @@ def terms(repo: str, sha: str, *, offline: bool) -> dict[str, object]:
         "attribution_required": True if named else False if free else None,
         "text": None,
         "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [],
-        "source_url": f"{constants.ENDPOINT}/datasets/{repo}",
+        "source_url": f"https://huggingface.co/datasets/{repo}",  # of a mirror too: it is part of what was packed,
     }

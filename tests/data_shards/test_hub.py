@@ -284,6 +284,7 @@ def test_a_source_names_its_commit_and_its_licence(online: dict[str, Result], fi
         True,
         ["animals"],
     )
+    assert licence["source_url"] == "https://huggingface.co/datasets/zoo/animals"
     own = cast("dict[str, object]", online["one of two configs"]["licence"])
     assert (own["name"], own["url"]) == ("our-own", "https://example.org/terms")
 
