@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -80,6 +81,7 @@ def _start(job: PieceJob, rows: "Synchronized[int]", stop: "Synchronized[int]") 
     """In a worker: what all its pieces share, sent once."""
     global _made_here
     _made_here = (job, rows, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent says when to stop
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 

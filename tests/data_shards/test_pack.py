@@ -99,6 +99,13 @@ def test_a_pack_interrupted_while_writing_keeps_the_shards_that_it_wrote(packed:
     assert packed_bytes(out) == packed_bytes(packed)
 
 
+def test_a_pack_may_go_on_with_parts_of_another_size(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        pack(FACES, tmp_path, size=16, samples_per_shard=12, part_rows=8, progress=stopping_at(READING, 20))
+    pack(FACES, tmp_path, size=16, samples_per_shard=12, part_rows=5)
+    assert packed_bytes(tmp_path) == packed_bytes(packed)
+
+
 KILLED = """
 import os, signal, sys
 from data_shards.faces import FacesSource
