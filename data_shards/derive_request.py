@@ -49,7 +49,8 @@ class EncodeRequest:
 
     vae, text_encoder, image_encoder: a local folder or a Hub id, with @REVISION behind it where it is not the main branch; "" for
     none. size: side of the square that images are cropped and scaled to, in pixels; text_layer: last (with its final norm), or
-    penultimate as SDXL takes it; text_mask: padding is masked, and the mask stored."""
+    penultimate as SDXL takes it; text_tokens: 0 for
+    the encoder's own number; text_mask: padding is masked, and the mask stored."""
 
     vae: str = ""
     text_encoder: str = ""
@@ -59,6 +60,7 @@ class EncodeRequest:
     precision: Precision = "bf16"
     dtype: StoredType = "fp16"
     text_layer: Literal["last", "penultimate"] = "last"
+    text_tokens: int = 0
     pooled: bool = False
     text_mask: bool = False
     keep_images: bool = False

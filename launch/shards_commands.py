@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from launch.arguments import end, existing
-from launch.derive_commands import shards_caption
+from launch.derive_commands import shards_caption, shards_encode
 from launch.pack_command import shards_pack
 
 shards = typer.Typer(name="shards", help="Make, check and describe shards: plain WebDataset tars with an index.", no_args_is_help=True)
 shards.command("pack")(shards_pack)
 shards.command("caption")(shards_caption)
+shards.command("encode")(shards_encode)
 
 
 @shards.command("verify")

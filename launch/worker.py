@@ -30,8 +30,9 @@ _JOBS = {
     "hash": "trainer.hash:hash_job",
     "import": "trainer.import_checkpoint:import_job",
     "caption": "data_shards.caption:caption_job",
+    "encode": "data_shards.encode:encode_job",
 }
-_RUNS = ("train", "distill", "caption")
+_RUNS = ("train", "distill", "caption", "encode")
 _LATER_SECONDS = 30.0
 """By which collectives give up after the watch, which can name the rank at fault."""
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.caption import caption_job
-from data_shards.derive_request import DeriveJob, Request
+from data_shards.derive_request import CaptionRequest, DeriveJob, Request
+from data_shards.encode import encode_job
 from data_shards.index import ShardIndex
 
 
@@ -45,7 +46,8 @@ def derived(shards: Path, out: Path, request: Request, *, stop_after: int | None
     """The exit code of a rank that is alone."""
     run_dir = prepared(shards, out, request)
     stop = Silent() if stop_after is None else StopAfter(run_dir, stop_after)
-    return caption_job(run_dir, {}, stop, Silent())
+    job = caption_job if isinstance(request, CaptionRequest) else encode_job
+    return job(run_dir, {}, stop, Silent())
 
 
 def members(folder: Path) -> dict[str, bytes]:

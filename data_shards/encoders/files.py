@@ -50,6 +50,10 @@ def find_model(text: str, *, part: str = "", revision: str | None = None) -> Mod
         text, revision, [f"{folder}{weights}" for folder in ("", f"{part}/" if part else "") for weights in WEIGHTS]
     )
     folder = path if (path / "config.json").is_file() or not part else path / part
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{text}: no config.json there{f' nor in {part}/' if part else ''}; wanted a model of this kind, or a pipeline with one"
+        )
     if folder != path:
         name = f"{name}/{part}"
     return ModelFiles(folder, path, name, commit, encoder_sha256(folder))
