@@ -97,8 +97,7 @@ def _follow_up(out: Path, then: Then) -> None:
     if then.push is not None:
         from data_shards.push import push_shards
 
-        push_shards(out, then.push)
-        sys.stderr.write(f"pushed to {then.push}\n")
+        sys.stderr.write(f"pushed: {push_shards(out, then.push)}\n")
     sys.stdout.write(f"use it:  halfstep train RECIPE data.shards={out}\n")
 
 
