@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
@@ -131,7 +131,7 @@ def _leave_to_the_rank(_: int) -> None:
 
 def loader(
     batches: MicroBatches, *, start_step: int, stop_step: int, indices: range, workers: int = 0, pin: bool = False
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """Micro-batches of steps start_step .. stop_step-1, for each the given indices, in that order.
 
     workers: processes that read ahead (0 reads in this one). Starting at any step costs the same.

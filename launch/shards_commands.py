@@ -59,3 +59,22 @@ def shards_index(
 
     line = index_shards(tars, out, licence=licence, workers=workers or os.cpu_count() or 1)
     sys.stdout.write(f"{line}\nuse it:  halfstep train RECIPE data.shards={out}\n")
+
+
+@shards.command("bench")
+def shards_bench(
+    directory: Annotated[Path, typer.Argument(metavar="SHARDS", help="A directory of shards; remote ones are fetched for a try.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, max=8192, metavar="N", help="Scale to so many pixels, as data.image_size does.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="B", help="Images a micro-batch. Default: 16.")] = None,
+    workers: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of reading processes to try.")] = "0,1,2,4",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Find in about 15 seconds what bounds reading on this machine, and how many data.workers pay.
+
+    Example:  halfstep shards bench shards/faces --batch-size 32"""
+    from launch.shards_bench import bench_shards, worker_counts
+
+    counts = worker_counts(workers)
+    bench_shards(existing(directory), image_size=image_size, batch_size=batch_size, workers=counts, as_json=as_json)
