@@ -1,11 +1,13 @@
 """A recipe's data before a run starts: faces packed, remote indexes brought into the run's folder and pinned there."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_shards.cache import ShardCache
 from data_shards.config import INDEX_NAME
+from data_shards.fetch import offline_variable
 from data_shards.files import json_text, read_json_object, replace_file
 from data_shards.index import ShardIndex, index_text
 from data_shards.locations import Location
@@ -77,7 +79,7 @@ def _brought(location: Location, own: Path, cache: ShardCache) -> Path:
     named = known.get(str(location))
     if isinstance(named, str) and (own / named / INDEX_NAME).exists():
         return own / named
-    pinned = _pinned(location)
+    pinned = _pinned(location, cache)
     index = _remote_index(pinned, cache)
     folder = own / index.sha256[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,13 +97,19 @@ def _brought(location: Location, own: Path, cache: ShardCache) -> Path:
     return folder
 
 
-def _pinned(location: Location) -> Location:
-    """A Hub location with the commit that its revision names now, others as they are."""
+def _pinned(location: Location, cache: ShardCache) -> Location:
+    """A Hub location with the commit that its revision names now (offline: named when it was last asked), others as they are."""
     if location.scheme != "hf":
         return location
-    from data_shards.hub import resolve_hub_location
+    from data_shards.hub_access import resolve_hub_location
 
-    return Location.parse(resolve_hub_location(str(location)))
+    note = cache.folder / "pins" / hashlib.sha256(str(location).encode()).hexdigest()
+    if offline_variable() is not None and note.exists():
+        return Location.parse(note.read_text(encoding="utf-8"))
+    pinned = resolve_hub_location(str(location))
+    note.parent.mkdir(mode=0o700, exist_ok=True)
+    replace_file(note, pinned)
+    return Location.parse(pinned)
 
 
 def _remote_index(location: Location, cache: ShardCache) -> ShardIndex:
