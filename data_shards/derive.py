@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from data_shards import ranks
 from data_shards.config import INDEX_NAME, is_image
 from data_shards.derive_files import MAX_NAME_CHARACTERS, Entry, Made, PartFile, Row, write_tar
+from data_shards.derive_progress import Progress, append_line
 from data_shards.derive_request import RUN_NAME, WORK_NAME, DeriveJob, check_same, is_finished
 from data_shards.files import json_text, replace_file
 from data_shards.images import DecodeError
@@ -93,7 +93,7 @@ def derive(job: DeriveJob, out: Path, work: Work[Sample], *, stop: Asked, beat: 
     ranks.barrier()  # the first to come waits here for the others' models, not in what follows
     todo = _start(out, job, index, work) if ranks.is_rank_0() else []
     todo = json.loads(ranks.all_gather_text(json.dumps(todo))[0])
-    progress = _Progress(out / RUN_NAME, job, done=index.samples - sum(index.shards[number].samples for number in todo))
+    progress = Progress(out / RUN_NAME, job, done=index.samples - sum(index.shards[number].samples for number in todo))
     batches = _batches(_Place(index, out, job, beat), todo[ranks.rank() :: ranks.world_size()], work)
     if not _work_in_rounds(batches, progress, stop, beat):
         return CALL_AGAIN
@@ -105,7 +105,7 @@ def derive(job: DeriveJob, out: Path, work: Work[Sample], *, stop: Asked, beat: 
     return DONE
 
 
-def _work_in_rounds(batches: Iterator["_Finished"], progress: "_Progress", stop: Asked, beat: Beat) -> bool:
+def _work_in_rounds(batches: Iterator["_Finished"], progress: Progress, stop: Asked, beat: Beat) -> bool:
     """Work until every rank is through (True) or one was asked to stop (False). Collective.
 
     A rank that is through meets the others every few seconds until they are, so that none waits long in one collective."""
@@ -180,7 +180,7 @@ def _batches(place: _Place, numbers: Sequence[int], work: Work[Sample]) -> Itera
             good = [Made(position, members, note) for position, (members, note) in zip(samples, made, strict=True)]
             part.append(sorted((*good, *bad), key=lambda one: one.position))
             line = {"shard": shard.name, "batch": batch, "samples": len(positions), "seconds": round(time.monotonic() - began, 3)}
-            _append_line(ledger, line)
+            append_line(ledger, line)
             count += 1
             yield _Finished(new=len(positions))
         place.beat.phase("stage", count)
@@ -256,7 +256,7 @@ def _start(out: Path, job: DeriveJob, index: ShardIndex, work: Work[Sample]) -> 
     todo = [number for number, shard in enumerate(index.shards) if not _is_kept(out, shard)]
     hosts = socket.gethostname()
     line = {"shards_left": len(todo), "world_size": ranks.world_size(), "hosts": [hosts], "job_id": os.environ.get("HALFSTEP_JOB_ID")}
-    _append_line(out / RUN_NAME / "attempts.jsonl", line)
+    append_line(out / RUN_NAME / "attempts.jsonl", line)
     if ranks.world_size() > len(todo) > 0:
         logger.warning("%d ranks share %d unfinished shards: some have nothing to do", ranks.world_size(), len(todo))
     return todo
@@ -328,31 +328,3 @@ def _agree(models: Json) -> None:
             f"rank {other} on {hosts[other]} has other models ({texts[other]}) than rank 0 on {hosts[0]} ({texts[0]}); "
             "give a --revision, or a folder that all hosts see"
         )
-
-
-def _append_line(path: Path, line: Mapping[str, object]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-@final
-class _Progress:
-    """What rank 0 says of how far all ranks have come: in its log, and in OUT/run/progress.json for `halfstep status`."""
-
-    def __init__(self, run_dir: Path, job: DeriveJob, *, done: int) -> None:
-        self._run_dir, self._job, self._done, self._new = run_dir, job, done, 0
-        self._recent = deque([(time.monotonic(), 0)], maxlen=13)  # the last minute
-
-    def report(self, *, new: int, old: int) -> None:
-        """Count what all ranks have finished since the last call; old: by an earlier attempt, which tells nothing of the speed."""
-        self._done, self._new = self._done + new + old, self._new + new
-        now, (since, before) = time.monotonic(), self._recent[0]
-        self._recent.append((now, self._new))
-        if not ranks.is_rank_0():
-            return
-        rate = (self._new - before) / max(1e-9, now - since)
-        left_seconds = (self._job.samples - self._done) / rate if rate > 0 else None
-        line = {"images": self._done, "total_images": self._job.samples, "images_per_second": rate, "remaining_seconds": left_seconds}
-        replace_file(self._run_dir / "progress.json", json_text(line))
-        left = "" if left_seconds is None else f", about {left_seconds / 60:.1f} minutes left"
-        logger.info("%s: %d/%d images, %.1f images/s%s", self._job.kind, self._done, self._job.samples, rate, left)
