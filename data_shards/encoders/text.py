@@ -62,7 +62,7 @@ class TextEncoder:
 
     def encode(self, captions: Sequence[str]) -> EncodedText:
         """All captions at one length."""
-        lengths = [len(ids) for ids in self._tokenizer(list(captions)).input_ids]
+        lengths = [len(ids) for ids in self._tokenizer(list(captions), verbose=False).input_ids]
         padded = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt")
         mask = padded.attention_mask.to(self._device)
         with torch.inference_mode(), autocast(self._device, self._precision):
