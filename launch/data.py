@@ -70,6 +70,18 @@ def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
     return Path(os.path.abspath(out))
 
 
+def index_folder(name: str, own: Path) -> Path:
+    """The folder of one index that a command is given: a folder, or a remote one whose index is brought into `own`.
+
+    Raises: as data_folders; ValueError if the folder is not there."""
+    location = Location.parse(name)
+    if location.is_remote:
+        return _brought(location, Path(os.path.abspath(own)), open_cache(None, limit_gib=None))
+    if not location.path.exists():
+        raise ValueError(f"{name}: not there; give a folder of shards, or a location such as hf://datasets/OWNER/NAME")
+    return location.path
+
+
 def _brought(location: Location, own: Path, cache: ShardCache) -> Path:
     """A folder below `own` with the index of a remote folder, whose tars stay where they are; the one of the first start is kept."""
     if str(location) != location.secret_text:

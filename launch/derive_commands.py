@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch.arguments import Cluster, Follow, Here, Ranks, end, existing
+from launch.arguments import Cluster, Follow, Here, Ranks, end
 
-Shards = Annotated[Path, typer.Argument(metavar="SHARDS", help="A directory of shards; it is read and never changed.")]
+Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="A directory of shards, or a location (hf://..., s3://...); never changed.")]
 ClusterChanges = Annotated[list[str] | None, typer.Argument(metavar="[cluster.KEY=VALUE ...]", help="Changes to the cluster file.")]
 OnBadSample = Annotated[
     Literal["stop", "skip"], typer.Option(help="A missing or damaged sample: stop and name it, or leave it out and name it in OUT's index.")
@@ -60,7 +60,7 @@ def shards_caption(
         on_bad_sample=on_bad_sample,
     )
     how = How(cluster=cluster, ranks=ranks, follow=follow, here=here)
-    end(start_derive(existing(source), out, request, how, overrides=changes or (), then=Then(sheet, push)))
+    end(start_derive(source, out, request, how, overrides=changes or (), then=Then(sheet, push)))
 
 
 def shards_encode(
@@ -115,4 +115,4 @@ def shards_encode(
         on_bad_sample=on_bad_sample,
     )
     how = How(cluster=cluster, ranks=ranks, follow=follow, here=here)
-    end(start_derive(existing(source), out, request, how, overrides=changes or (), then=Then(push=push)))
+    end(start_derive(source, out, request, how, overrides=changes or (), then=Then(push=push)))

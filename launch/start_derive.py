@@ -9,6 +9,7 @@ from pathlib import Path
 from data_shards.derive_request import RUN_NAME, WORK_NAME, DeriveJob, Request, check_same, is_finished
 from data_shards.index import ShardIndex
 from launch.cluster import ClusterConfig, LocalCluster, SlurmCluster, load_cluster
+from launch.data import index_folder
 from launch.job import Job
 from launch.run_dir import write_surroundings
 from launch.run_lock import locked
@@ -26,17 +27,18 @@ class Then:
     """A data set of the Hub that OUT is copied to."""
 
 
-def start_derive(shards: Path, out: Path, request: Request, how: How, *, overrides: Sequence[str] = (), then: Then | None = None) -> int:
+def start_derive(source: str, out: Path, request: Request, how: How, *, overrides: Sequence[str] = (), then: Then | None = None) -> int:
     """Caption or encode shards into OUT, or go on with it; returns the ranks' exit code, 0 for a job that is queued.
 
-    Raises: ValueError for shards, a cluster or an OUT that cannot be used."""
+    source: a folder of shards or a location. Raises: FetchError; ValueError for shards, a cluster or an OUT that cannot be used."""
+    run_dir = out / RUN_NAME
+    shards = index_folder(source, run_dir / "shards")
     index = ShardIndex.load(shards)
     if out.resolve() == shards.resolve():
         raise ValueError(f"--out {out} is the folder of shards itself, which is never changed; give another --out")
     job = DeriveJob.of(index, request)
     machines = _machines(how, overrides)
     check_same(out, job.wanted())
-    run_dir = out / RUN_NAME
     if not is_finished(out):
         if is_queued(run_dir, machines, how):
             return follow_queued(run_dir) if how.follow else DONE

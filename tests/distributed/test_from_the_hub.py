@@ -83,7 +83,7 @@ def test_from_the_hub_to_a_trained_run_and_again_offline(tmp_path: Path) -> None
         halfstep(*pack, "--out", first / "packed", environment=online)
         halfstep("shards", "caption", first / "packed", *caption, "--out", first / "told", "--push", "tester/told", environment=online)
         encode = ["--vae", "tester/vae", "--size", "16", "--precision", "fp32", "--ranks", "1"]
-        halfstep("shards", "encode", first / "told", *encode, "--out", first / "latents", environment=online)
+        halfstep("shards", "encode", "hf://datasets/tester/told", *encode, "--out", first / "latents", environment=online)
         halfstep(*train_words(first / "run"), environment=online)
 
         packed, told, latents = (ShardIndex.load(first / name) for name in ("packed", "told", "latents"))

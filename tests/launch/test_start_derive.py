@@ -66,13 +66,13 @@ def request(prompt: str = "") -> CaptionRequest:
 def test_what_cannot_be_started_is_said_and_nothing_is_written(faces: Path, out: Path, tmp_path: Path) -> None:
     fresh = tmp_path / "fresh"
     with pytest.raises(ValueError, match="the folder of shards itself, which is never changed"):
-        start_derive(faces, faces, request(), How())
+        start_derive(str(faces), faces, request(), How())
     with pytest.raises(ValueError, match=r"train.steps=3: only cluster.KEY=VALUE"):
-        start_derive(faces, fresh, request(), How(), overrides=["train.steps=3"])
+        start_derive(str(faces), fresh, request(), How(), overrides=["train.steps=3"])
     with pytest.raises(ValueError, match="--ranks 2 is for this machine"):
-        start_derive(faces, fresh, request(), How(cluster="slurm", ranks=2))
+        start_derive(str(faces), fresh, request(), How(cluster="slurm", ranks=2))
     with pytest.raises(ValueError, match=r"beginning of something else \(request.prompt is \"\", wanted \"a cat\"\)"):
-        start_derive(faces, out, request("a cat"), How())
+        start_derive(str(faces), out, request("a cat"), How())
     assert not fresh.exists()
 
 
@@ -82,12 +82,12 @@ def test_a_finished_folder_is_told_about_and_shown_without_any_rank(
     finish()
     pushed: list[tuple[Path, str]] = []
     monkeypatch.setattr("data_shards.push.push_shards", lambda root, repo: pushed.append((root, repo)))
-    assert start_derive(faces, out, request(), How(), then=Then(tmp_path / "sheet.png", "me/told")) == 0
+    assert start_derive(str(faces), out, request(), How(), then=Then(tmp_path / "sheet.png", "me/told")) == 0
     told = capsys.readouterr()
     assert "10 samples in 2 shards, 2 samples left out" in told.out and "captions: 10" in told.out
     assert (tmp_path / "sheet.png").exists() and pushed == [(out, "me/told")]
     with pytest.raises(ValueError, match="holds other shards"):
-        start_derive(faces, out, request("a cat"), How())
+        start_derive(str(faces), out, request("a cat"), How())
 
 
 def test_status_knows_the_folder(out: Path, finish: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
