@@ -1,7 +1,9 @@
 """Reads micro-batches straight from the tars: a map-style dataset keyed by (step, index), so a loader keeps no state."""
 
+import atexit
 import os
 import signal
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, final
@@ -9,7 +11,7 @@ from typing import NamedTuple, final
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_shards.config import MAX_REPLACEMENTS, TENSOR_EXTENSION, Field, OnBadSample
 from data_shards.images import DecodeError
@@ -24,6 +26,7 @@ from data_shards.store import Store
 
 BatchKey = tuple[int, int]  # step, index
 AHEAD = 4  # micro-batches that a worker may be asked for before they are needed
+HELD = 3  # that who reads may hold meanwhile before others are copied for it: the last one, this one and one more
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 ReadError = BadSampleError | FetchError
 
@@ -139,15 +142,24 @@ def loader(
     """
     order = _Order(start_step, stop_step, indices)
     if workers == 0:
-        for key in order:
-            batch = batches[key]
-            yield batch.pin_memory() if pin else batch
-        return
-    # A worker has AHEAD batches asked of it while one more is handed over here.
-    ring = Ring(workers=workers, slots=AHEAD + 1, slot_bytes=batches.most_bytes)
+        return _read_here(batches, order, pin=pin)
+    read = _read_ahead(batches, order, workers, pin=pin)
+    # The interpreter's end would wait for workers, which leave to the rank the signal that it sends them.
+    atexit.register(_close, weakref.ref(read))
+    return read
+
+
+def _read_here(batches: MicroBatches, order: "_Order", *, pin: bool) -> Generator[MicroBatch, None, None]:
+    for key in order:
+        batch = batches[key]
+        yield batch.pin_memory() if pin else batch
+
+
+def _read_ahead(batches: MicroBatches, order: "_Order", workers: int, *, pin: bool) -> Generator[MicroBatch, None, None]:
+    ring = Ring(slots=workers * AHEAD + HELD, slot_bytes=batches.most_bytes)
     ahead: DataLoader[_Placed | ReadError] = DataLoader(
         _Delivered(batches, ring),
-        sampler=order,
+        sampler=_Tasks(order, ring),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=AHEAD,
@@ -158,6 +170,12 @@ def loader(
         if isinstance(delivered, BadSampleError | FetchError):
             raise delivered
         yield _taken(delivered, ring, pin=pin)
+
+
+def _close(read: "weakref.ref[Generator[MicroBatch, None, None]]") -> None:
+    still = read()
+    if still is not None:
+        still.close()
 
 
 def read_all(index: ShardIndex, fields: Sequence[Field] = ("image",), *, limit: int | None = None) -> MicroBatch:
@@ -249,14 +267,28 @@ class _Order(Sampler[BatchKey]):
 
 
 @final
+class _Tasks(Sampler[tuple[BatchKey, int | None]]):
+    """What workers are asked for: a micro-batch, and the slot to put it into as long as there is one."""
+
+    def __init__(self, order: _Order, ring: Ring) -> None:
+        self._order = order
+        self._ring = ring
+
+    def __iter__(self) -> Iterator[tuple[BatchKey, int | None]]:
+        return ((key, self._ring.take()) for key in self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+@final
 @dataclass(frozen=True)
 class _Placed:
-    """A micro-batch whose images lie in a slot of the ring; shape: theirs."""
+    """A micro-batch whose images, of this shape, lie in a slot of the ring if there is one."""
 
     batch: MicroBatch
     shape: torch.Size
-    worker: int
-    turn: int
+    slot: int | None
 
 
 @final
@@ -269,23 +301,21 @@ class _Delivered(Dataset[_Placed | ReadError]):
     def __init__(self, batches: MicroBatches, ring: Ring) -> None:
         self._batches = batches
         self._ring = ring
-        self._turn = 0
 
-    def __getitem__(self, key: BatchKey) -> _Placed | ReadError:
-        worker = get_worker_info()
-        assert worker is not None, "only workers read through a ring"
-        turn, self._turn = self._turn, self._turn + 1
+    def __getitem__(self, task: tuple[BatchKey, int | None]) -> _Placed | ReadError:
+        key, slot = task
         try:
-            batch = self._batches.read(key, self._ring.slot(worker.id, turn))
+            batch = self._batches.read(key, None if slot is None else self._ring.memory(slot))
         except (BadSampleError, FetchError) as error:
             return error
-        return _Placed(replace(batch, images=_NOTHING), batch.images.shape, worker.id, turn)
+        return _Placed(batch if slot is None else replace(batch, images=_NOTHING), batch.images.shape, slot)
 
 
 def _taken(placed: _Placed, ring: Ring, *, pin: bool) -> MicroBatch:
-    """The micro-batch with its images copied out of the ring."""
-    count, channels, height, width = placed.shape
-    slot = ring.slot(placed.worker, placed.turn)[: placed.shape.numel()]
-    images = torch.empty(placed.shape.numel(), dtype=torch.uint8, pin_memory=pin).copy_(slot)
-    batch = replace(placed.batch, images=images.view(count, height, width, channels).permute(0, 3, 1, 2))
+    """The micro-batch with its images where they were decoded, or in page-locked memory."""
+    batch = placed.batch
+    if placed.slot is not None:
+        count, channels, height, width = placed.shape
+        images = ring.lend(placed.slot, placed.shape.numel()).view(count, height, width, channels).permute(0, 3, 1, 2)
+        batch = replace(batch, images=images)
     return batch.pin_memory() if pin else batch

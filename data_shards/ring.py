@@ -1,50 +1,60 @@
-"""Memory that worker processes decode batches into and the reading process copies them out of; takes no room in /dev/shm."""
+"""Memory that worker processes decode batches into and the reading process uses them in; takes no room in /dev/shm."""
 
 import mmap
 import os
+import weakref
+from collections.abc import Mapping
 from multiprocessing.reduction import DupFd
-from typing import TYPE_CHECKING, final
+from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from multiprocessing.popen_spawn_posix import _DupFd
-
 
 @final
 class Ring:
-    """Slots of `slot_bytes`, so many for each worker, mapped by all processes that got a copy, by fork or pickle.
+    """`slots` pieces of `slot_bytes`, mapped by all processes that got a copy, by fork or pickle; none of no bytes.
 
-    Whoever reads takes a batch out before its worker has filled the worker's other slots.
+    Who hands out the work takes a slot for a batch and lends it on; it is free again when nothing refers to the batch any more.
     """
 
-    def __init__(self, *, workers: int, slots: int, slot_bytes: int) -> None:
-        self._shape = workers, slots, slot_bytes
+    def __init__(self, *, slots: int, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
         self._file = os.memfd_create("halfstep-batches")
-        os.ftruncate(self._file, max(1, workers * slots * slot_bytes))  # memory is taken when it is first written
+        os.ftruncate(self._file, max(1, slots * slot_bytes))  # memory is taken when it is first written
+        self._free = list(range(slots)) if slot_bytes else []
         self._map()
 
-    def slot(self, worker: int, turn: int) -> UInt8[Tensor, " n"]:
-        """The slot of a worker's batch number `turn`, counted from 0 without end."""
-        _, slots, slot_bytes = self._shape
-        start = (worker * slots + turn % slots) * slot_bytes
-        return self._bytes[start : start + slot_bytes]
+    def take(self) -> int | None:
+        """A slot that nobody else gets, None if all are in use."""
+        return self._free.pop() if self._free else None
+
+    def memory(self, slot: int) -> UInt8[Tensor, " n"]:
+        """A taken slot, for the worker that fills it."""
+        return torch.frombuffer(self._bytes(slot, self._slot_bytes), dtype=torch.uint8)
+
+    def lend(self, slot: int, size_bytes: int) -> UInt8[Tensor, " n"]:
+        """The first bytes of a taken slot, which is free again when this tensor and all its views are gone."""
+        piece = self._bytes(slot, size_bytes)
+        weakref.finalize(piece, self._free.append, slot).atexit = False  # the tensor's storage keeps the piece
+        return torch.frombuffer(piece, dtype=torch.uint8)
+
+    def _bytes(self, slot: int, size_bytes: int) -> np.ndarray:
+        return np.frombuffer(self._memory, dtype=np.uint8, count=size_bytes, offset=slot * self._slot_bytes)
 
     def _map(self) -> None:
-        self._bytes = torch.frombuffer(mmap.mmap(self._file, 0), dtype=torch.uint8)
+        self._memory = mmap.mmap(self._file, 0)
 
     def __getstate__(self) -> dict[str, object]:
-        """What a started process finds the same memory by."""
-        return {"_shape": self._shape, "_file": DupFd(self._file)}
+        """What a started process finds the same memory by; it takes no slots."""
+        return {"slot_bytes": self._slot_bytes, "file": DupFd(self._file)}
 
-    def __setstate__(self, state: "dict[str, tuple[int, int, int] | _DupFd]") -> None:
-        shape, file = state["_shape"], state["_file"]
-        assert isinstance(shape, tuple) and not isinstance(file, tuple), "as __getstate__ wrote it"
-        self._shape, self._file = shape, file.detach()
+    def __setstate__(self, state: Mapping[str, Any]) -> None:  # a descriptor on its way has a type of its own for each way
+        self._slot_bytes, self._file, self._free = state["slot_bytes"], state["file"].detach(), []
         self._map()
 
     def __del__(self) -> None:
-        """The memory goes with the last process that has it mapped."""
+        """The memory itself goes with the last process that has it mapped."""
         os.close(self._file)
