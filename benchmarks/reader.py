@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,34 +23,18 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TE
 import datasets
 import torch
 from measure import print_ratio
-from reader_images import Stored, stored_images
-from reader_peers import BATCH_SIZE, PEERS, decoding_batches
+from reader_images import Case, Stored, stored_images
+from reader_peers import PEERS, decoding_batches
 from torch import Tensor
 
 from data_shards.config import ImageFormat
 from data_shards.plan import Plan
 from data_shards.read import MicroBatches, loader
 
-GLOBAL_BATCH_SIZE = 2 * BATCH_SIZE
-TURN_SECONDS = {1: 0.06, 2: 0.4}
+TURN_SECONDS = {1: 0.1, 2: 0.3}
 """By processes. Where two workers take turns with others', a turn must be long against a batch that is half done when it ends."""
 FORMATS: tuple[ImageFormat, ...] = ("jpg", "png", "webp")
 OURS, DECODING = "ours", "decoding"
-
-
-@final
-@dataclass(frozen=True)
-class Case:
-    """What is read; side: scaled to this many pixels while it is decoded, None as it is stored."""
-
-    extension: ImageFormat
-    stored_side: int
-    side: int | None = None
-
-    @property
-    def name(self) -> str:
-        """As --case wants it, such as jpg-512 or jpg-512-to-64."""
-        return f"{self.extension}-{self.stored_side}" + (f"-to-{self.side}" if self.side is not None else "")
 
 
 CASES = (*(Case(extension, side) for side in (64, 512) for extension in FORMATS), Case("jpg", 512, 64))
@@ -63,11 +46,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer images and repeats, under two minutes")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this one; may be repeated")
     parser.add_argument("--processes", type=int, choices=(1, 2), help="only with so many")
-    parser.add_argument("--repeats", type=int, help="repeats to take (5 with --quick, else 25)")
+    parser.add_argument("--repeats", type=int, help="repeats to take (3 with --quick, else 25)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    repeats = options.repeats or (5 if options.quick else 25)
+    repeats = options.repeats or (3 if options.quick else 25)
     cases = [case for case in CASES if options.case is None or case.name in options.case]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = folder
@@ -89,7 +72,7 @@ def compare(case: Case, stored: Stored, processes: int, *, repeats: int) -> None
     with readers_of(build, case, stored, 0 if processes == 1 else processes) as readers:
         batches = batches_a_turn(readers[DECODING], processes)
         taken = [one_repeat(readers, batches, first=repeat) for repeat in range(repeats + 1)][1:]  # the first one warms caches
-    speeds = {name: BATCH_SIZE * batches / statistics.median(turn[name] for turn in taken) for name in build}
+    speeds = {name: case.batch_size * batches / statistics.median(turn[name] for turn in taken) for name in build}
     best = max(PEERS, key=lambda name: speeds[name])
     of_decoding = statistics.median(turn[DECODING] / turn[OURS] for turn in taken)
     print_ratio(
@@ -158,29 +141,28 @@ class Reader:
             worker.join()
 
 
-Build = Callable[[Stored, int | None, int], Iterator[Tensor]]
+Build = Callable[[Stored, Case, int], Iterator[Tensor]]
 
 
 @contextmanager
 def readers_of(build: Mapping[str, Build], case: Case, stored: Stored, workers: int) -> Iterator[dict[str, Reader]]:
     """All readers of a case, each having given a batch."""
-    side = case.side or case.stored_side
     readers: dict[str, Reader] = {}
     try:
         for name, make in build.items():
-            shape = None if name == DECODING else (BATCH_SIZE, 3, side, side)
-            readers[name] = Reader(partial(make, stored, case.side, workers), shape)
+            shape = None if name == DECODING else (case.batch_size, 3, case.read_side, case.read_side)
+            readers[name] = Reader(partial(make, stored, case, workers), shape)
         yield readers
     finally:
         for reader in readers.values():
             reader.close()
 
 
-def our_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+def our_batches(stored: Stored, case: Case, workers: int) -> Iterator[Tensor]:
     """The plan's shuffled batches of one rank, epoch after epoch, as training reads them; every byte is compared with its crc32."""
     index = stored.index
-    plan = Plan(index.samples_per_shard, seed=0, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=BATCH_SIZE)
-    batches = MicroBatches(index, plan, sizes=None if side is None else [(side, side)])
+    plan = Plan(index.samples_per_shard, seed=0, global_batch_size=2 * case.batch_size, micro_batch_size=case.batch_size)
+    batches = MicroBatches(index, plan, sizes=None if case.side is None else [(case.side, case.side)])
     read = loader(batches, start_step=0, stop_step=sys.maxsize // plan.micro_batches, indices=range(plan.micro_batches), workers=workers)
     return (batch.images for batch in read)
 

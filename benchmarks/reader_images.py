@@ -24,6 +24,31 @@ NOISE_LEVELS = 2.0  # of 255: an upscaled photo has no fine grain of its own, an
 
 @final
 @dataclass(frozen=True)
+class Case:
+    """What is read; side: scaled to this many pixels while it is decoded, None as it is stored."""
+
+    extension: ImageFormat
+    stored_side: int
+    side: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As --case wants it, such as jpg-512 or jpg-512-to-64."""
+        return f"{self.extension}-{self.stored_side}" + (f"-to-{self.side}" if self.side is not None else "")
+
+    @property
+    def read_side(self) -> int:
+        """Of the images in a batch, in pixels."""
+        return self.stored_side if self.side is None else self.side
+
+    @property
+    def batch_size(self) -> int:
+        """As recipes have it for images of this size."""
+        return 32 if self.read_side <= 64 else 16
+
+
+@final
+@dataclass(frozen=True)
 class Stored:
     """One set of images as each reader wants it. contents: the encoded bytes in memory."""
 
@@ -40,7 +65,8 @@ def stored_images(root: Path, extension: ImageFormat, side: int, *, distinct: in
     """Makes `distinct` images of `side` pixels and stores them below `root`, over and over, as `samples` samples."""
     with ProcessPoolExecutor() as pool:
         encoded = list(pool.map(partial(_encoded, side=side, extension=extension), range(distinct)))
-    contents = tuple(encoded[number % distinct] for number in range(samples))
+    # each in memory of its own, as in a tar: a few images over and over would stay in a core's cache
+    contents = tuple(bytes(bytearray(encoded[number % distinct])) for number in range(samples))
     root.mkdir(parents=True)
     folder, arrow = root / "files", root / "arrow"
     folder.mkdir()

@@ -16,15 +16,13 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
-from reader_images import Stored
+from reader_images import Case, Stored
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from webdataset.compat import WebDataset
 
 from data_shards.decode import fitted
 from data_shards.images import image_pixels, scaled_pixels
-
-BATCH_SIZE = 16
 
 
 @final
@@ -54,45 +52,45 @@ class Pillow:
         return self.batch([self.pixels(row["image"]) for row in rows])
 
 
-def folder_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+def folder_batches(stored: Stored, case: Case, workers: int) -> Iterator[Tensor]:
     """Files in a folder, read as torchvision's ImageFolder does, behind an ordinary DataLoader."""
-    pillow, dataset = Pillow(side), _Folder(sorted(stored.folder.iterdir()), Pillow(side))
-    loader = DataLoader(dataset, BATCH_SIZE, sampler=_Endless(len(dataset)), num_workers=workers, collate_fn=pillow.batch)
+    pillow, dataset = Pillow(case.side), _Folder(sorted(stored.folder.iterdir()), Pillow(case.side))
+    loader = DataLoader(dataset, case.batch_size, sampler=_Endless(len(dataset)), num_workers=workers, collate_fn=pillow.batch)
     return iter(cast("Iterable[Tensor]", loader))
 
 
-def webdataset_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+def webdataset_batches(stored: Stored, case: Case, workers: int) -> Iterator[Tensor]:
     """Stock webdataset on the same tars as ours."""
-    pillow = Pillow(side)
+    pillow = Pillow(case.side)
     urls = [str(stored.index.root / shard.name) for shard in stored.index.shards]
     dataset = WebDataset(urls, shardshuffle=False)
     dataset.repeat()  # keeps it in mind and returns itself
-    batched = dataset.to_tuple(stored.extension).map_tuple(pillow.decoded).batched(BATCH_SIZE, collation_fn=_FirstOfEach(pillow))
+    batched = dataset.to_tuple(stored.extension).map_tuple(pillow.decoded).batched(case.batch_size, collation_fn=_FirstOfEach(pillow))
     loader = DataLoader(cast("IterableDataset[object]", batched), batch_size=None, num_workers=workers)
     return iter(cast("Iterable[Tensor]", loader))
 
 
-def streaming_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+def streaming_batches(stored: Stored, case: Case, workers: int) -> Iterator[Tensor]:
     """Hugging Face datasets, streaming over local Parquet files."""
     rows = datasets.load_dataset("parquet", data_files=list(stored.parquet), split="train", streaming=True)
     assert isinstance(rows, datasets.IterableDataset), "streaming"
     loader = DataLoader(
-        cast("IterableDataset[object]", rows.repeat(None)), BATCH_SIZE, num_workers=workers, collate_fn=Pillow(side).batch_of_rows
+        cast("IterableDataset[object]", rows.repeat(None)), case.batch_size, num_workers=workers, collate_fn=Pillow(case.side).batch_of_rows
     )
     return iter(cast("Iterable[Tensor]", loader))
 
 
-def map_style_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+def map_style_batches(stored: Stored, case: Case, workers: int) -> Iterator[Tensor]:
     """Hugging Face datasets on Arrow files, map-style."""
     rows = cast("Dataset[object]", datasets.load_from_disk(str(stored.arrow)))
     order = _Endless(len(stored.contents))
-    loader = DataLoader(rows, BATCH_SIZE, sampler=order, num_workers=workers, collate_fn=Pillow(side).batch_of_rows)
+    loader = DataLoader(rows, case.batch_size, sampler=order, num_workers=workers, collate_fn=Pillow(case.side).batch_of_rows)
     return iter(cast("Iterable[Tensor]", loader))
 
 
-def decoding_batches(stored: Stored, side: int | None, workers: int) -> Iterator[Tensor]:
+def decoding_batches(stored: Stored, case: Case, workers: int) -> Iterator[Tensor]:
     """No reader: our decoder on bytes in memory, in as many processes, and from these nothing but a word that a batch is done."""
-    return iter(cast("Iterable[Tensor]", DataLoader(_Decoding(stored, side), batch_size=None, num_workers=workers)))
+    return iter(cast("Iterable[Tensor]", DataLoader(_Decoding(stored, case), batch_size=None, num_workers=workers)))
 
 
 PEERS = {
@@ -144,21 +142,21 @@ class _FirstOfEach:
 
 @final
 class _Decoding(IterableDataset[Tensor]):
-    def __init__(self, stored: Stored, side: int | None) -> None:
+    def __init__(self, stored: Stored, case: Case) -> None:
         self._stored = stored
-        self._side = side
+        self._case = case
 
     def __iter__(self) -> Iterator[Tensor]:
-        contents, done = self._stored.contents, torch.empty(0)
-        for first in itertools.cycle(range(0, len(contents) - BATCH_SIZE + 1, BATCH_SIZE)):
-            self._decode(contents[first : first + BATCH_SIZE])
+        contents, size, done = self._stored.contents, self._case.batch_size, torch.empty(0)
+        for first in itertools.cycle(range(0, len(contents) - size + 1, size)):
+            self._decode(contents[first : first + size])
             yield done
 
     def _decode(self, contents: Sequence[bytes]) -> Tensor:
         extension, stored = self._stored.extension, (self._stored.side, self._stored.side)
-        if self._side is None:
+        if self._case.side is None:
             return _rows([image_pixels(content, extension, size=stored) for content in contents], self._stored.side)
-        wanted = (self._side, self._side)
+        wanted = (self._case.side, self._case.side)
         scaled = [scaled_pixels(content, extension, size=stored, least=wanted) for content in contents]
         return fitted(_rows([pixels for pixels, _ in scaled], scaled[0][1][0]), size=wanted)
 
