@@ -108,7 +108,7 @@ class MicroBatches(Dataset[MicroBatch]):
         """A lane comes to another shard: lets go of those that none needs any more, opens this one and has the next one brought near."""
         self._coming[index] = self.plan.coming(step, index)
         self._reader.keep({shard for coming in self._coming.values() for shard in coming})
-        now = {shard for shard, _ in places}
+        now = dict.fromkeys(shard for shard, _ in places)
         try:
             for shard in now:
                 self._reader.open(shard)
