@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data_shards.folder import FolderSource
 from data_shards.images import encode_image
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.folder import FolderSource
 
 SIZE = 256
 SAMPLES_PER_SHARD = 500

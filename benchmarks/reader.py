@@ -28,8 +28,8 @@ from reader_peers import PEERS, decoding_batches
 from torch import Tensor
 
 from data_shards.config import ImageFormat
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
 
 TURN_SECONDS = {1: 0.1, 2: 0.3}
 """By processes. Where two workers take turns with others', a turn must be long against a batch that is half done when it ends."""

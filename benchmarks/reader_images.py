@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from data_shards.config import ImageFormat
-from data_shards.faces import FacesSource
 from data_shards.images import encode_image
 from data_shards.index import ShardIndex, index_text
-from data_shards.write import PackedSample, write_shard
+from data_shards.packing.write import PackedSample, write_shard
+from data_shards.sources.faces import FacesSource
 
 PHOTOS = Path(__file__).parents[1] / "tests" / "data"
 SHARDS = 4

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from webdataset.compat import WebDataset
 
-from data_shards.decode import fitted
 from data_shards.images import image_pixels, scaled_pixels
+from data_shards.reading.decode import fitted
 
 
 @final

@@ -8,11 +8,11 @@ import time
 import torch
 from measure import print_ratio
 
-from data_shards.faces import FacesSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
+from data_shards.packing.pack import pack
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
+from data_shards.sources.faces import FacesSource
 
 LATE_STEP = 1_000_000
 GLOBAL_BATCH_SIZE = 32

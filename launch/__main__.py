@@ -28,7 +28,7 @@ from launch.arguments import (
     existing_file,
     step_counts,
 )
-from launch.shards_commands import shards
+from launch.shards.commands import shards
 from trainer.exit_codes import IO_ERROR
 
 app = typer.Typer(

@@ -5,14 +5,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_shards.cache import ShardCache
 from data_shards.config import INDEX_NAME
-from data_shards.fetch import offline_variable
 from data_shards.files import json_text, read_json_object, replace_file
 from data_shards.index import ShardIndex, index_text
-from data_shards.locations import Location
-from data_shards.store import open_cache
-from launch.shards import pack_source
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.fetch import offline_variable
+from data_shards.remote.locations import Location
+from data_shards.remote.store import open_cache
+from launch.shards.actions import pack_source
 from trainer.config import DataConfig, FacesConfig, RunConfig
 
 REMOTE_NAME = "remote.json"  # in a run's own data folder: which remote folder of shards is frozen where
@@ -63,7 +63,7 @@ def data_identity(data: DataConfig, folders: Sequence[Path]) -> dict[str, object
 
 def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:
     """Pack a recipe's faces, from number `start` on; shards that are there already are kept. Returns the absolute path."""
-    from data_shards.faces import FacesSource
+    from data_shards.sources.faces import FacesSource
 
     source = FacesSource(style=faces.style, count=faces.count, seed=faces.seed, start=start, allow_attribution=faces.allow_attribution)
     pack_source(source, out, size=faces.size, seed=faces.seed, workers=os.cpu_count() or 1, samples_per_shard=1000)
@@ -113,7 +113,7 @@ def _pinned(location: Location, cache: ShardCache) -> Location:
     """A Hub location with the commit that its revision names now (offline: named when it was last asked), others as they are."""
     if location.scheme != "hf":
         return location
-    from data_shards.hub_access import resolve_hub_location
+    from data_shards.hub.access import resolve_hub_location
 
     note = cache.folder / "pins" / hashlib.sha256(str(location).encode()).hexdigest()
     if offline_variable() is not None and note.exists():
@@ -125,7 +125,7 @@ def _pinned(location: Location, cache: ShardCache) -> Location:
 
 
 def _remote_index(location: Location, cache: ShardCache) -> ShardIndex:
-    from data_shards.remote_text import load_remote_text
+    from data_shards.remote.text import load_remote_text
 
     text = load_remote_text(location.join(INDEX_NAME), cache)
     return ShardIndex.parse(text, Path(str(location)), where=str(location.join(INDEX_NAME)))

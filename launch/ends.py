@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
-from data_shards.derive_request import finished_batches, is_derive
+from data_shards.derive.request import finished_batches, is_derive
 from data_shards.files import json_text, read_json_object, replace_file
 from trainer.chain import read_chain
 from trainer.exit_codes import BAD_INPUT, CALL_AGAIN, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_shards.derive_request import DeriveJob, finished_batches, is_derive, is_finished
+from data_shards.derive.request import DeriveJob, finished_batches, is_derive, is_finished
 from data_shards.files import json_text, read_json_object
 from launch.ends import read_end
 from launch.queued import Queued, alive

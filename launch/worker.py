@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
-from data_shards.retry import FetchError, RefusedError
+from data_shards.remote.retry import FetchError, RefusedError
 from trainer.exit_codes import BAD_INPUT, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 from trainer.lease import Lease
 from trainer.stop import StopRequest, unblock_signals
@@ -29,8 +29,8 @@ _JOBS = {
     "report": "trainer.report:report_job",
     "hash": "trainer.hash:hash_job",
     "import": "trainer.import_checkpoint:import_job",
-    "caption": "data_shards.caption:caption_job",
-    "encode": "data_shards.encode:encode_job",
+    "caption": "data_shards.derive.caption:caption_job",
+    "encode": "data_shards.derive.encode:encode_job",
 }
 _RUNS = ("train", "distill", "caption", "encode")
 _LATER_SECONDS = 30.0

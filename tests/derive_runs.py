@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.caption import caption_job
-from data_shards.derive_request import CaptionRequest, DeriveJob, Request
-from data_shards.encode import encode_job
+from data_shards.derive.caption import caption_job
+from data_shards.derive.encode import encode_job
+from data_shards.derive.request import CaptionRequest, DeriveJob, Request
 from data_shards.index import ShardIndex
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMAND_LINES = tuple(ROOT / "launch" / name for name in ("__main__.py", "shards_commands.py", "pack_command.py", "derive_commands.py"))
+_SHARDS = (ROOT / "launch" / "shards" / name for name in ("commands.py", "pack_command.py", "derive_commands.py"))
+COMMAND_LINES = (ROOT / "launch" / "__main__.py", *_SHARDS)
 PACKAGES = ("launch", "trainer", "data_shards", "configs", "slurm")
 # Each runs code that a file, a text or another rank brings along. A name without a dot is Python's own function.
 FORBIDDEN_CALLS = {"eval", "exec", "compile"}

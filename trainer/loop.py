@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 
 from data_shards import ranks
-from data_shards.sample import MicroBatch
+from data_shards.reading.sample import MicroBatch
 from trainer.checkpoint import Piece
 from trainer.config import RunConfig, identity
 from trainer.draws import draw

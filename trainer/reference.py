@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_shards import ranks
-from data_shards.faces import FacesSource
 from data_shards.files import fsync_directory, json_text, read_json_object, replace_file, write_durable
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.read import read_all
+from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
+from data_shards.sources.faces import FacesSource
 from trainer.feature_net import (
     ARCHITECTURE,
     UPDATES,

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from data_shards.buckets import bucket_numbers, bucket_sizes
 from data_shards.index import ShardIndex
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
-from data_shards.sample import MicroBatch
-from data_shards.store import open_cache, store_of
+from data_shards.reading.buckets import bucket_numbers, bucket_sizes
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
+from data_shards.reading.sample import MicroBatch
+from data_shards.remote.store import open_cache, store_of
 from trainer.config import DataConfig, RunConfig
 from trainer.rng import derive_seed
 

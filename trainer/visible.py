@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_shards import ranks
-from data_shards.derive_request import REQUEST_NAME
+from data_shards.derive.request import REQUEST_NAME
 from data_shards.files import fsync_directory, write_durable
 
 _FOLDER = "heartbeats"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import final
 
 from data_shards.files import read_json_object
-from data_shards.hub_access import checked_repository, hub_errors
+from data_shards.hub.access import checked_repository, hub_errors
 
 WEIGHTS = ("model", "diffusion_pytorch_model")  # of transformers, of diffusers
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")

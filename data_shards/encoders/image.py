@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from data_shards.derive_request import Precision
+from data_shards.derive.request import Precision
 from data_shards.encoders.efficient_net import EfficientNetEncoder, load_efficient_net
 from data_shards.encoders.files import find_model
 from data_shards.encoders.precision import autocast

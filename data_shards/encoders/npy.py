@@ -5,7 +5,7 @@ import io
 import numpy as np
 from torch import Tensor
 
-from data_shards.derive_request import StoredType
+from data_shards.derive.request import StoredType
 from data_shards.npy_header import npy_type_and_shape
 
 _TYPES = {"fp16": np.float16, "fp32": np.float32}

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from data_shards.derive_request import Precision
+from data_shards.derive.request import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from data_shards.derive_request import Precision
+from data_shards.derive.request import Precision
 from data_shards.encoders.files import find_model
 from data_shards.encoders.precision import autocast
 from data_shards.files import read_json_object

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, VQModel
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from data_shards.derive_request import Precision
+from data_shards.derive.request import Precision
 from data_shards.encoders.files import ModelFiles, find_model
 from data_shards.encoders.precision import autocast
 from data_shards.files import read_json_object

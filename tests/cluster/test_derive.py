@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from tests.cluster.ray_cluster import RayPool, ray_pool
 from tests.cluster.runs import SlurmRun, halfstep, preempt
 from tests.cluster.slurm_cluster import Slurm

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 
 IMAGE_SIZE = 16
 SAMPLES = 30

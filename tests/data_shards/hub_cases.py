@@ -16,11 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import cast
 
-from data_shards import push
-from data_shards.hub import HubSource
-from data_shards.hub_access import resolve_hub_location
-from data_shards.pack import pack
-from data_shards.rows import Part, Row, UnreadableRow
+from data_shards.hub import push
+from data_shards.hub.access import resolve_hub_location
+from data_shards.hub.source import HubSource
+from data_shards.packing.pack import pack
+from data_shards.sources.rows import Part, Row, UnreadableRow
 
 ROOT = Path(__file__).parents[2]
 Result = dict[str, object]

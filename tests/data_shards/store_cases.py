@@ -9,10 +9,10 @@ from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
-from data_shards.cache import ShardCache
-from data_shards.fetch import Fetched, fetch
-from data_shards.locations import Location
-from data_shards.retry import RetryPolicy
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.fetch import Fetched, fetch
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import RetryPolicy
 from tests.data_shards.store_server import StoreServer
 
 CONTENT = bytes(range(256)) * 40

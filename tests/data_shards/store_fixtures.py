@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.cache import ShardCache
+from data_shards.remote.cache import ShardCache
 from tests.data_shards.store_cases import CONTENT, PATH, SIZE, Slept
 from tests.data_shards.store_server import StoreServer
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from data_shards.bench import Measured, Verdict, measure, verdict
 from data_shards.index import ShardIndex
-from data_shards.sample import BadSampleError
-from launch.shards_bench import advice, bench_shards, table, worker_counts
-from launch.shards_commands import shards
+from data_shards.reading.bench import Measured, Verdict, measure, verdict
+from data_shards.reading.sample import BadSampleError
+from launch.shards.bench import advice, bench_shards, table, worker_counts
+from launch.shards.commands import shards
 from tests.data_shards.store_server import StoreServer
 
 pytest_plugins = ["tests.data_shards.store_fixtures"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.cache import ShardCache, default_cache_folder
-from data_shards.locations import Location
-from data_shards.retry import OfflineError
+from data_shards.remote.cache import ShardCache, default_cache_folder
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import OfflineError
 from tests.data_shards.store_cases import CONTENT, PATH, SHA, SIZE, cached, fill, names, open_letter, until
 from tests.data_shards.store_server import Fault, StoreServer
 
@@ -21,8 +21,8 @@ pytest_plugins = ["tests.data_shards.store_fixtures"]
 OPEN = """
 import sys
 from pathlib import Path
-from data_shards.cache import ShardCache
-from data_shards.locations import Location
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.locations import Location
 folder, url, size, sha256 = sys.argv[1:]
 cache = ShardCache(Path(folder), 2**30)
 print("ready", flush=True)

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from data_shards.cache import ShardCache
-from data_shards.locations import Location
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.locations import Location
 from tests.data_shards.store_cases import PATH, SHA, SIZE, cached, content_of, fill, names, open_letter, until
 from tests.data_shards.store_server import Fault, StoreServer
 

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from data_shards.derive_request import CaptionRequest, DeriveJob, check_same
-from data_shards.faces import FacesSource
-from data_shards.folder import FolderSource
+from data_shards.derive.request import CaptionRequest, DeriveJob, check_same
+from data_shards.derive.sheet import caption_sheet, wrapped
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.sheet import caption_sheet, wrapped
-from data_shards.verify import verify
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
+from data_shards.sources.folder import FolderSource
+from data_shards.tars.verify import verify
 from tests.derive_runs import derived, files, ledger, members, prepared
 from tests.tiny_models import tiny_blip, tiny_tokenizer
 
@@ -244,7 +244,7 @@ def test_shards_that_have_changed_since_the_command_are_refused(photos: Path, fe
     run_dir = prepared(photos, tmp_path / "out", request(blip))
     record = json.loads((run_dir / "derive.json").read_text())
     (run_dir / "derive.json").write_text(json.dumps({**record, "shards": str(few)}))
-    from data_shards.caption import caption_job
+    from data_shards.derive.caption import caption_job
     from tests.derive_runs import Silent
 
     with pytest.raises(ValueError, match="its index has changed since the command was given"):

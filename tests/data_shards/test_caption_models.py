@@ -20,8 +20,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from data_shards.caption import Captioner
-from data_shards.derive_request import CaptionRequest
+from data_shards.derive.caption import Captioner
+from data_shards.derive.request import CaptionRequest
 from tests.tiny_models import tiny_tokenizer
 
 _PHOTOS = sorted((Path(__file__).parents[1] / "data").glob("*.jpg"))

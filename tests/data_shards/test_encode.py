@@ -13,18 +13,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from data_shards.derive_request import EncodeRequest
+from data_shards.derive.request import EncodeRequest
 from data_shards.encoders.check import check_encoder
 from data_shards.encoders.efficient_net import EfficientNetEncoder
 from data_shards.encoders.files import encoder_sha256, find_model
 from data_shards.encoders.npy import npy_bytes, tensor_from_npy
 from data_shards.encoders.text import TextEncoder
-from data_shards.faces import FacesSource
 from data_shards.images import DecodeError
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.read import read_all
-from data_shards.verify import verify
+from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
+from data_shards.sources.faces import FacesSource
+from data_shards.tars.verify import verify
 from tests.derive_runs import derived, files, ledger, members
 from tests.tiny_models import tiny_clip_text, tiny_clip_vision, tiny_tokenizer, tiny_vae
 

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from data_shards.colours import ANCHORS, colour_name, rgb, skin_tone_name
 from data_shards.config import CC0, FACE_STYLES
-from data_shards.faces import LEFT_OUT, LOOKS, FacesSource, draw_face, words
+from data_shards.sources.colours import ANCHORS, colour_name, rgb, skin_tone_name
+from data_shards.sources.faces import LEFT_OUT, LOOKS, FacesSource, draw_face, words
 
 
 def picture(source: FacesSource, number: int, size: int) -> Image.Image:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.fetch import Fetched, Small, fetch, fetch_small
-from data_shards.locations import Location
-from data_shards.retry import OfflineError, RefusedError, RetryPolicy, UnreachableError, WrongContentError
+from data_shards.remote.fetch import Fetched, Small, fetch, fetch_small
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import OfflineError, RefusedError, RetryPolicy, UnreachableError, WrongContentError
 from tests.data_shards.store_cases import CONTENT, PATH, SHA, Slept, get, names
 from tests.data_shards.store_server import HTML, Fault, StoreServer
 

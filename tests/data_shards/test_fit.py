@@ -8,8 +8,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from data_shards.fit import UNFIT, Fit, Fitted, fit_image, image_warnings, open_image, pixels_sha256
 from data_shards.images import image_pixels
+from data_shards.packing.fit import UNFIT, Fit, Fitted, fit_image, image_warnings, open_image, pixels_sha256
 
 ORIENTATION = 0x0112
 
@@ -169,7 +169,7 @@ def test_of_a_jpeg_with_more_pictures_behind_it_the_first_is_taken() -> None:
 
 
 def test_too_many_bytes_are_refused_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_shards.fit.MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("data_shards.packing.fit.MAX_IMAGE_BYTES", 10)
     with pytest.raises(ValueError, match="bytes, at most 10 are allowed"):
         open_image(encoded(photo(20, 20), "PNG"))
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_shards.fit import Fit, fit_image, open_image
-from data_shards.folder import FolderSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.read import read_all
-from data_shards.verify import verify
+from data_shards.packing.fit import Fit, fit_image, open_image
+from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
+from data_shards.sources.folder import FolderSource
+from data_shards.tars.verify import verify
 
 
 def square_image(path: Path, size: int) -> Image.Image:

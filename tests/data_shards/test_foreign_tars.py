@@ -9,12 +9,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_shards.foreign_tars import ForeignTarSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.read import read_all
-from data_shards.rows import Row, UnreadableRow
-from data_shards.verify import verify
+from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
+from data_shards.sources.foreign_tars import ForeignTarSource
+from data_shards.sources.rows import Row, UnreadableRow
+from data_shards.tars.verify import verify
 
 
 def image(colour: int, name: str = "JPEG") -> bytes:

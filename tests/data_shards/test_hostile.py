@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.tar import end_bytes, member_bytes, padded
-from data_shards.tar_samples import MAX_MEMBERS
+from data_shards.tars.samples import MAX_MEMBERS
+from data_shards.tars.tar import end_bytes, member_bytes, padded
 
 SECONDS = 5.0
 MEBIBYTES = 256
@@ -306,7 +306,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 DRIVER = """
 import json, resource, sys, time
 from pathlib import Path
-from data_shards.index_tars import tar_entry
+from data_shards.tars.index_tars import tar_entry
 for path in map(Path, json.load(sys.stdin)):
     start, refused, what = time.monotonic(), False, ""
     try:
@@ -321,7 +321,7 @@ for path in map(Path, json.load(sys.stdin)):
 DECODER = """
 import json, resource, sys, time
 from pathlib import Path
-from data_shards.confined import Limits, confine
+from data_shards.tars.confined import Limits, confine
 from data_shards.images import DecodeError, image_pixels
 path, width, height = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 content = path.read_bytes()

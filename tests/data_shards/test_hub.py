@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_shards.hub_access import hub_errors, need_datasets, resolve_hub_location
-from data_shards.hub_columns import Column, choose_columns
+from data_shards.hub.access import hub_errors, need_datasets, resolve_hub_location
+from data_shards.hub.columns import Column, choose_columns
 from data_shards.index import ShardIndex
-from data_shards.read import read_all
+from data_shards.reading.read import read_all
 from tests.data_shards.hub_cases import Result, run_cases
 from tests.hub_double import HubDouble
 

@@ -18,15 +18,15 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from data_shards import index_tars as module
 from data_shards.config import INDEX_NAME
-from data_shards.confined import ConfinedError, Limits, confined_lines
 from data_shards.index import ShardIndex, index_text
-from data_shards.index_tars import PARTIAL_NAME, IndexedTars, TarsError, index_tars
-from data_shards.sample_reader import SampleReader
-from data_shards.tar_sources import find_tars
-from data_shards.verify import verify
-from data_shards.write import PackedSample, write_shard
+from data_shards.packing.write import PackedSample, write_shard
+from data_shards.reading.sample_reader import SampleReader
+from data_shards.tars import index_tars as module
+from data_shards.tars.confined import ConfinedError, Limits, confined_lines
+from data_shards.tars.index_tars import PARTIAL_NAME, IndexedTars, TarsError, index_tars
+from data_shards.tars.places import find_tars
+from data_shards.tars.verify import verify
 
 Contents = Sequence[tuple[str, bytes]]
 
@@ -325,10 +325,10 @@ def test_tars_of_a_web_server_are_indexed_and_not_kept(server: str, tars: Path, 
 
 
 def test_the_reading_process_starts_at_once_and_imports_no_torch() -> None:
-    code = "import data_shards.index_tars, data_shards.tar_samples, data_shards.verify, sys; print('torch' in sys.modules)"
+    code = "import data_shards.tars.index_tars, data_shards.tars.samples, data_shards.tars.verify, sys; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
-    code = "import data_shards.tar_samples, sys; print(sorted({'torch', 'numpy', 'PIL', 'pickle', 'socket'} & set(sys.modules)))"
+    code = "import data_shards.tars.samples, sys; print(sorted({'torch', 'numpy', 'PIL', 'pickle', 'socket'} & set(sys.modules)))"
     started = time.process_time()
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]" and time.process_time() - started < 0.3
@@ -336,7 +336,7 @@ def test_the_reading_process_starts_at_once_and_imports_no_torch() -> None:
 
 PROBE = """
 import os, socket, sys
-from data_shards.confined import arguments, confine, write_line
+from data_shards.tars.confined import arguments, confine, write_line
 confine(arguments())
 def attempt(what):
     try:
@@ -352,17 +352,17 @@ write_line({
     "secret": os.environ.get("HF_TOKEN"),
 })
 """
-SPIN = "from data_shards.confined import arguments, confine\nconfine(arguments())\nwhile True: pass\n"
-SLEEP = "import time\nfrom data_shards.confined import arguments, confine\nconfine(arguments())\ntime.sleep(60)\n"
+SPIN = "from data_shards.tars.confined import arguments, confine\nconfine(arguments())\nwhile True: pass\n"
+SLEEP = "import time\nfrom data_shards.tars.confined import arguments, confine\nconfine(arguments())\ntime.sleep(60)\n"
 STUCK = "import time\ntime.sleep(60)\n"  # before it has bound itself
-SHOUT = "from data_shards.confined import write_line\nwhile True: write_line({'a': 'b' * 1000})\n"
+SHOUT = "from data_shards.tars.confined import write_line\nwhile True: write_line({'a': 'b' * 1000})\n"
 SILENT = "pass\n"
 
 
 @pytest.fixture
 def confined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder whose modules can be run confined, beside the real ones."""
-    monkeypatch.setattr("data_shards.confined._ROOT", f"{tmp_path}{os.pathsep}{Path(module.__file__).parents[1]}")
+    monkeypatch.setattr("data_shards.tars.confined._ROOT", f"{tmp_path}{os.pathsep}{Path(module.__file__).parents[2]}")
     yield tmp_path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.locations import HubFile, Location, shown
+from data_shards.remote.locations import HubFile, Location, shown
 
 SECRET = "hf_verysecret"
 
@@ -130,7 +130,8 @@ def test_a_local_path_is_a_path_and_a_remote_one_is_not() -> None:
 
 
 def test_a_login_node_needs_no_heavy_module_for_it() -> None:
-    code = "import sys, data_shards.locations as l; l.Location.parse('hf://datasets/o/n/x').join('a.tar'); print(sorted(sys.modules))"
+    use = "Location.parse('hf://datasets/o/n/x').join('a.tar')"
+    code = f"import sys; from data_shards.remote.locations import Location; {use}; print(sorted(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name in ("torch", "numpy", "PIL", "fsspec", "huggingface_hub"):
         assert f"'{name}'" not in ran.stdout

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data_shards.lines import apportioned, interleaved, passed
-from data_shards.plan import Plan
+from data_shards.reading.lines import apportioned, interleaved, passed
+from data_shards.reading.plan import Plan
 
 Place = tuple[int, int]
 

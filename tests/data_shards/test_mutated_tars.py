@@ -19,18 +19,18 @@ from typing import cast
 import pytest
 
 from data_shards.config import INDEX_NAME
-from data_shards.faces import FacesSource
 from data_shards.images import DecodeError
 from data_shards.index import ShardIndex, index_text
-from data_shards.pack import pack
-from data_shards.pax import TarError
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches
-from data_shards.sample import BadSampleError
-from data_shards.sample_reader import SampleReader
-from data_shards.tar import Member, end_bytes, member_bytes, walk
-from data_shards.tar_samples import tar_samples
-from data_shards.verify import verify
+from data_shards.packing.pack import pack
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches
+from data_shards.reading.sample import BadSampleError
+from data_shards.reading.sample_reader import SampleReader
+from data_shards.sources.faces import FacesSource
+from data_shards.tars.pax import TarError
+from data_shards.tars.samples import tar_samples
+from data_shards.tars.tar import Member, end_bytes, member_bytes, walk
+from data_shards.tars.verify import verify
 
 CASES, CASES_A_TEST, ALL_CASES = 500, 50, 10_000
 SECONDS = 2.0

@@ -9,9 +9,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_shards.fetch import Small, fetch, fetch_small
-from data_shards.locations import Location
-from data_shards.retry import RefusedError
+from data_shards.remote.fetch import Small, fetch, fetch_small
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import RefusedError
 from tests.data_shards.store_cases import CONTENT, SHA, Slept
 
 pytest_plugins = ["tests.data_shards.store_fixtures"]

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from data_shards.index import Shard, ShardIndex, index_text
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
-from data_shards.write import PackedSample, write_shard
+from data_shards.packing.write import PackedSample, write_shard
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
 
 UNEVEN = (1, 97, 13, 40, 2, 31)
 EPOCHS = 3

@@ -14,11 +14,11 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data_shards.config import INDEX_NAME, ImageFormat
-from data_shards.faces import FacesSource
 from data_shards.index import ShardIndex, ShardIndexError
-from data_shards.pack import PARTIAL_NAME, READING, WRITING, Progress, pack
-from data_shards.read import read_all
-from data_shards.verify import verify
+from data_shards.packing.pack import PARTIAL_NAME, READING, WRITING, Progress, pack
+from data_shards.reading.read import read_all
+from data_shards.sources.faces import FacesSource
+from data_shards.tars.verify import verify
 
 FACES = FacesSource("open-peeps", 30)
 
@@ -108,8 +108,8 @@ def test_a_pack_may_go_on_with_parts_of_another_size(packed: Path, tmp_path: Pat
 
 KILLED = """
 import os, signal, sys
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.sources.faces import FacesSource
+from data_shards.packing.pack import pack
 
 def progress(name, done, total):
     if name == sys.argv[2] and done >= int(sys.argv[3]):

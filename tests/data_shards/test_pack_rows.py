@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_shards.faces import FacesSource
-from data_shards.filters import Filters
-from data_shards.folder import FolderSource
 from data_shards.index import ShardIndex
-from data_shards.pack import PARTIAL_NAME, pack
-from data_shards.rows import Part, Row, UnreadableRow, even_parts
-from data_shards.verify import verify
+from data_shards.packing.filters import Filters
+from data_shards.packing.pack import PARTIAL_NAME, pack
+from data_shards.sources.faces import FacesSource
+from data_shards.sources.folder import FolderSource
+from data_shards.sources.rows import Part, Row, UnreadableRow, even_parts
+from data_shards.tars.verify import verify
 
 
 def png(width: int, height: int, colour: tuple[int, int, int] | str = "red", name: str = "PNG") -> bytes:
@@ -232,12 +232,12 @@ def test_the_json_of_a_row_holds_all_that_is_known_of_it(tmp_path: Path) -> None
 def test_a_full_disk_is_named_and_the_pack_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("data_shards.pieces.temporary_name", lambda _path: Path("/dev/full"))
+        patch.setattr("data_shards.packing.pieces.temporary_name", lambda _path: Path("/dev/full"))
         with pytest.raises(OSError, match=r"No space left on device; packing needs room.*it goes on.*out'") as error:
             pack(FacesSource("open-peeps", 12), out, size=16)
     assert error.value.errno == errno.ENOSPC
     with monkeypatch.context() as patch:
-        patch.setattr("data_shards.assemble.temporary_name", lambda _path: Path("/dev/full"))
+        patch.setattr("data_shards.packing.assemble.temporary_name", lambda _path: Path("/dev/full"))
         with pytest.raises(OSError, match="No space left"):
             pack(FacesSource("open-peeps", 12), out, size=16)
     assert pack(FacesSource("open-peeps", 12), out, size=16).samples == 12

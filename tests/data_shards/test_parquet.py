@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_shards.pack import pack
-from data_shards.parquet import ParquetSource
-from data_shards.read import read_all
-from data_shards.rows import Row, UnreadableRow
-from data_shards.verify import verify
+from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
+from data_shards.sources.parquet import ParquetSource
+from data_shards.sources.rows import Row, UnreadableRow
+from data_shards.tars.verify import verify
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

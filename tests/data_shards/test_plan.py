@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_shards.keyed import permutation, random_bits
-from data_shards.plan import Plan
+from data_shards.reading.plan import Plan
 
 Place = tuple[int, int]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.cache import ShardCache
-from data_shards.locations import Location
-from data_shards.retry import RefusedError, RetryPolicy
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import RefusedError, RetryPolicy
 from tests.data_shards.store_cases import PATH, SHA, SIZE, cached, content_of, until
 from tests.data_shards.store_server import Fault, StoreServer
 

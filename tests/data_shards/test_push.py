@@ -10,8 +10,8 @@ from typing import cast
 import pytest
 import yaml
 
+from data_shards.hub.card import card_text, licence_note, size_category
 from data_shards.index import ShardIndex
-from data_shards.push_card import card_text, licence_note, size_category
 from tests.data_shards.hub_cases import Result, run_cases
 from tests.hub_double import HubDouble
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.cache import ShardCache
 from data_shards.config import OnBadSample
 from data_shards.index import ShardIndex
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
-from data_shards.retry import RetryPolicy, UnreachableError
-from data_shards.sample import BadSampleError, MicroBatch
-from data_shards.store import store_of
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
+from data_shards.reading.sample import BadSampleError, MicroBatch
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.retry import RetryPolicy, UnreachableError
+from data_shards.remote.store import store_of
 from tests.data_shards.store_server import Fault, StoreServer
 from tests.data_shards.test_order import make_index
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from data_shards.cache import ShardCache
-from data_shards.locations import Location
-from data_shards.remote_text import load_remote_text
-from data_shards.retry import OfflineError, RefusedError, UnreachableError
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import OfflineError, RefusedError, UnreachableError
+from data_shards.remote.text import load_remote_text
 from tests.data_shards.store_server import Fault, StoreServer
 
 pytest_plugins = ["tests.data_shards.store_fixtures"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data_shards.index import ShardIndex
-from data_shards.plan import Plan
-from data_shards.read import AHEAD, HELD, MicroBatches, loader
-from data_shards.ring import Ring
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import AHEAD, HELD, MicroBatches, loader
+from data_shards.reading.ring import Ring
 
 
 def test_a_slot_is_free_again_when_the_last_view_of_it_is_gone() -> None:
@@ -63,8 +63,8 @@ def test_a_process_ends_while_its_workers_still_read(packed: Path) -> None:
     program = """
 import sys
 from data_shards.index import ShardIndex
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
 index = ShardIndex.load(sys.argv[1])
 batches = loader(MicroBatches(index, Plan(index.samples_per_shard, 0, 2, 2)), start_step=0, stop_step=10**6, indices=range(1), workers=2)
 print(next(batches).images.shape)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data_shards.buckets import bucket_numbers, bucket_sizes
 from data_shards.config import ImageFormat
-from data_shards.decode import fitted
 from data_shards.images import encode_image
 from data_shards.index import Shard, ShardIndex, index_text
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
-from data_shards.sample_reader import SampleReader
-from data_shards.write import PackedSample, write_shard
+from data_shards.packing.write import PackedSample, write_shard
+from data_shards.reading.buckets import bucket_numbers, bucket_sizes
+from data_shards.reading.decode import fitted
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
+from data_shards.reading.sample_reader import SampleReader
 
 Size = tuple[int, int]
 

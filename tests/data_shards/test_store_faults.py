@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.cache import ShardCache
-from data_shards.locations import Location
-from data_shards.retry import FetchError, RefusedError, RetryPolicy, WrongContentError
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import FetchError, RefusedError, RetryPolicy, WrongContentError
 from tests.data_shards.store_cases import cached
 from tests.data_shards.store_server import Fault, StoreServer
 

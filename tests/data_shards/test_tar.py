@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_shards.tar import Damage, Member, end_bytes, member_bytes, walk
+from data_shards.tars.tar import Damage, Member, end_bytes, member_bytes, walk
 
 
 def tar_of(*contents: tuple[str, bytes]) -> bytes:

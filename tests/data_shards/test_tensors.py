@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.decode import tensor_of
 from data_shards.images import DecodeError
 from data_shards.index import ShardIndex, index_text
-from data_shards.plan import Plan
-from data_shards.read import MicroBatches, loader
-from data_shards.write import PackedSample, write_shard
+from data_shards.packing.write import PackedSample, write_shard
+from data_shards.reading.decode import tensor_of
+from data_shards.reading.plan import Plan
+from data_shards.reading.read import MicroBatches, loader
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.fetch import fetch
-from data_shards.locations import Location
-from data_shards.retry import RefusedError
-from data_shards.transport import redirect_target, retry_after_seconds
+from data_shards.remote.fetch import fetch
+from data_shards.remote.locations import Location
+from data_shards.remote.retry import RefusedError
+from data_shards.remote.transport import redirect_target, retry_after_seconds
 from tests.data_shards.store_cases import CONTENT, PATH, SHA, Slept, get, names
 from tests.data_shards.store_server import Fault, StoreServer
 

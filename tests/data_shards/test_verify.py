@@ -12,9 +12,9 @@ from PIL import Image
 
 from data_shards.config import INDEX_NAME
 from data_shards.index import Shard, ShardIndex, index_text
-from data_shards.tar import end_bytes, member_bytes
-from data_shards.verify import Problem, verify
-from data_shards.write import PackedSample, write_shard
+from data_shards.packing.write import PackedSample, write_shard
+from data_shards.tars.tar import end_bytes, member_bytes
+from data_shards.tars.verify import Problem, verify
 
 
 def names_and_bytes(folder: Path) -> dict[str, bytes]:

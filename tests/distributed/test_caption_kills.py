@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.derive_request import CaptionRequest
-from data_shards.faces import FacesSource
+from data_shards.derive.request import CaptionRequest
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.verify import verify
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
+from data_shards.tars.verify import verify
 from tests.derive_runs import files, ledger, members, prepared
 from tests.distributed.forked_ranks import ForkedRanks
 from tests.distributed.runs import rank_pids
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def forked(folder: Path) -> Iterator[ForkedRanks]:
-    ranks = ForkedRanks(["launch.worker", "data_shards.caption", "trainer.visible", "trainer.engines.engine"], folder / "forked.log")
+    ranks = ForkedRanks(["launch.worker", "data_shards.derive.caption", "trainer.visible", "trainer.engines.engine"], folder / "forked.log")
     yield ranks
     ranks.close()
 

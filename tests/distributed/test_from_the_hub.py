@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.index import ShardIndex
-from data_shards.verify import verify
+from data_shards.tars.verify import verify
 from tests.hub_double import HubDouble
 from tests.tiny_models import tiny_blip, tiny_vae
 
@@ -34,9 +34,9 @@ def write_cartoons(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from data_shards.faces import FacesSource
     from data_shards.images import encode_image
-    from data_shards.rows import Part, Row
+    from data_shards.sources.faces import FacesSource
+    from data_shards.sources.rows import Part, Row
 
     faces = [row for row in FacesSource("open-peeps", ROWS).read(Part(0, 0, ROWS), 24) if isinstance(row, Row)]
     features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}

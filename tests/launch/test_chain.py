@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from launch.chain import freeze_chain, stage_seed, student_config, with_teacher
 from launch.run_dir import freeze
 from trainer.chain import read_chain

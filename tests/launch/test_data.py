@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from launch.data import data_folders, data_identity, with_data
 from launch.run_dir import freeze
 from tests.data_shards.store_server import StoreServer

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_shards.hub import HubSource
+from data_shards.hub.source import HubSource
 from data_shards.index import ShardIndex
-from launch.pack_recipe import FOLDER, PackRecipe, is_recipe, pack_recipe
-from launch.pack_source import open_source
-from launch.shards_commands import shards
+from launch.shards.commands import shards
+from launch.shards.pack_recipe import FOLDER, PackRecipe, is_recipe, pack_recipe
+from launch.shards.pack_source import open_source
 from tests.hub_double import HubDouble
 from trainer.config_io import shipped
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
 from data_shards.files import read_json_object
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from launch.cluster import load_cluster
 from launch.run_dir import freeze, write_surroundings
 from trainer.config import RunConfig, TrainConfig, identity

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from launch import __main__ as command_line
 from launch import start
 from launch.job import Job

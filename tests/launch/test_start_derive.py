@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.derive_request import CaptionRequest, DeriveJob
-from data_shards.faces import FacesSource
+from data_shards.derive.request import CaptionRequest, DeriveJob
 from data_shards.files import json_text
 from data_shards.index import ShardIndex, index_text
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from launch.ends import Restarts, committed_steps
+from launch.shards.start_derive import Then, local_model, start_derive
 from launch.start import How
-from launch.start_derive import Then, local_model, start_derive
 from launch.status import is_done, print_status, run_status
 
 
@@ -81,7 +81,7 @@ def test_a_finished_folder_is_told_about_and_shown_without_any_rank(
 ) -> None:
     finish()
     pushed: list[tuple[Path, str]] = []
-    monkeypatch.setattr("data_shards.push.push_shards", lambda root, repo: pushed.append((root, repo)))
+    monkeypatch.setattr("data_shards.hub.push.push_shards", lambda root, repo: pushed.append((root, repo)))
     assert start_derive(str(faces), out, request(), How(), then=Then(tmp_path / "sheet.png", "me/told")) == 0
     told = capsys.readouterr()
     assert "10 samples in 2 shards, 2 samples left out" in told.out and "captions: 10" in told.out

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from tests.trainer.conftest import IMAGE_SIZE, WriteRun
 from trainer.evaluate import evaluate_job
 from trainer.evaluation import read_rows

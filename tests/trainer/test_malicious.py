@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from data_shards.files import content_record
 from data_shards.index import ShardIndex, ShardIndexError, canonical_sha256
-from data_shards.tar import end_bytes, member_bytes
-from data_shards.verify import verify
+from data_shards.tars.tar import end_bytes, member_bytes
+from data_shards.tars.verify import verify
 from launch.checkpoints import print_checkpoints
-from launch.run_dir import freeze
 from launch.data import pack_faces
+from launch.run_dir import freeze
 from launch.status import print_status
 from trainer.checkpoint import agreed_checkpoint, read_tensors
 from trainer.config import DataConfig, FacesConfig, RunConfig, TrainConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from launch.cluster import load_cluster
 from launch.job import Job
 from launch.local import run_job

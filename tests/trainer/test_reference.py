@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_shards.faces import FacesSource
-from data_shards.folder import FolderSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
+from data_shards.sources.folder import FolderSource
 from trainer.reference import NetTraining, load_feature_net, prepare_feature_net, prepare_reference, read_arrays, write_arrays
 
 QUICK = NetTraining(updates=3, faces=40)

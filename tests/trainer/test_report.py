@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_shards.faces import FacesSource
-from data_shards.pack import pack
+from data_shards.packing.pack import pack
+from data_shards.sources.faces import FacesSource
 from tests.trainer.conftest import WriteRun
 from tests.trainer.test_evaluation import ROW
 from trainer.evaluation import write_rows

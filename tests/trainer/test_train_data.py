@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.faces import FacesSource
 from data_shards.index import ShardIndex
-from data_shards.pack import pack
-from data_shards.sample import BadSampleError
+from data_shards.packing.pack import pack
+from data_shards.reading.sample import BadSampleError
+from data_shards.sources.faces import FacesSource
 from launch.run_dir import freeze
 from trainer.config import RunConfig
 from trainer.metrics import DataBudgetSpent

@@ -1,0 +1,1 @@
+"""From rows of a source to shards: filtered, brought to size, shuffled, written."""

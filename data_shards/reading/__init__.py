@@ -1,0 +1,1 @@
+"""The order of training data, and the reader that delivers it."""

@@ -1,0 +1,1 @@
+"""Shards in a remote store: fetched whole and checked, kept in the node's cache."""
