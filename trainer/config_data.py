@@ -58,7 +58,7 @@ class CacheConfig(Section):
     """Where each node keeps shards that it reads from a remote store. Free to change on a resume."""
 
     folder: str | None = None
-    """Folder on the node's own disk; null: $HALFSTEP_CACHE, else halfstep/shards below $XDG_CACHE_HOME or ~/.cache."""
+    """Folder on the node's own disk; null: $HALFSTEP_CACHE, else halfstep below $XDG_CACHE_HOME or ~/.cache."""
     limit_gib: Positive | None = None
     """Disk space that it may take, in GiB; shards that no rank needs any more make room. Null: no limit."""
 
