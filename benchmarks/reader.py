@@ -58,19 +58,19 @@ def main() -> None:
         for case in cases:
             key = case.extension, case.stored_side
             if key not in stored:
-                distinct = (8 if options.quick else 24) if case.stored_side > 64 else (32 if options.quick else 256)
+                distinct = (4 if options.quick else 24) if case.stored_side > 64 else (32 if options.quick else 256)
                 samples = 256 if case.stored_side > 64 else 2048
                 root = Path(folder) / case.name
                 stored[key] = stored_images(root, case.extension, case.stored_side, distinct=distinct, samples=samples)
             for processes in (1, 2) if options.processes is None else (options.processes,):
-                compare(case, stored[key], processes, repeats=repeats)
+                compare(case, stored[key], processes, repeats=repeats, turn_seconds=TURN_SECONDS[processes] / (2 if options.quick else 1))
 
 
-def compare(case: Case, stored: Stored, processes: int, *, repeats: int) -> None:
+def compare(case: Case, stored: Stored, processes: int, *, repeats: int, turn_seconds: float) -> None:
     """Print the case's line: ours against the best of the others, and everyone's images a second."""
     build = {OURS: our_batches, **PEERS, DECODING: decoding_batches}
     with readers_of(build, case, stored, 0 if processes == 1 else processes) as readers:
-        batches = batches_a_turn(readers[DECODING], processes)
+        batches = batches_a_turn(readers[DECODING], processes, turn_seconds)
         taken = [one_repeat(readers, batches, first=repeat) for repeat in range(repeats + 1)][1:]  # the first one warms caches
     speeds = {name: case.batch_size * batches / statistics.median(turn[name] for turn in taken) for name in build}
     best = max(PEERS, key=lambda name: speeds[name])
@@ -89,11 +89,11 @@ def key_of(name: str) -> str:
     return re.sub(r"[^a-z]+", "_", re.sub(r"[0-9.]+", "", name)).strip("_")
 
 
-def batches_a_turn(decoding: "Reader", processes: int) -> int:
+def batches_a_turn(decoding: "Reader", processes: int, turn_seconds: float) -> int:
     """How many batches everybody reads in a turn; as many for each worker."""
     decoding.seconds(2 * processes)
     seconds = decoding.seconds(4 * processes) / (4 * processes)
-    return max(2, round(TURN_SECONDS[processes] / seconds / processes)) * processes
+    return max(2, round(turn_seconds / seconds / processes)) * processes
 
 
 def one_repeat(readers: Mapping[str, "Reader"], batches: int, *, first: int) -> dict[str, float]:
