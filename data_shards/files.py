@@ -1,9 +1,12 @@
 """Files that are whole or absent: atomic writes, durable directories, hashes."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _LARGEST_JSON_BYTES = 1 << 28
@@ -36,6 +39,23 @@ def replace_file(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def held(out: Path, partial: str, *, doing: str) -> Iterator[None]:
+    """Holds a folder that is being written for this process, by a lock in its subfolder `partial`, which is made.
+
+    Raises: RuntimeError if another process holds it; doing: what it does to the folder, as in "packed"."""
+    (out / partial).mkdir(parents=True, exist_ok=True)
+    with (out / partial / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{out} is being {doing} by another process; wait for it, or give another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks: go on without
+                raise
+        yield
 
 
 def json_text(value: object) -> str:

@@ -25,6 +25,7 @@ from data_shards.hub.datasets_api import (
     undecoded,
     without_torch,
 )
+from data_shards.sources.cells import caption_cell, image_cell
 from data_shards.sources.rows import Part, Row, UnreadableRow
 
 if TYPE_CHECKING:
@@ -151,10 +152,10 @@ class HubSource:
                 yield cast(Record, record)
 
     def _row(self, record: Record, key: str, where: str) -> Row | UnreadableRow:
-        caption = _caption(record.get(self.columns.text) if self.columns.text is not None else None)
+        caption = caption_cell(record.get(self.columns.text) if self.columns.text is not None else None)
         if caption is not None and len(caption.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
             return UnreadableRow(key, f"its caption is longer than {MAX_CAPTION_BYTES} bytes", where)
-        content, path = _content(record[self.columns.image])
+        content, path = image_cell(record[self.columns.image])
         if content is None:
             try:
                 content = self._file(path)
@@ -194,28 +195,6 @@ class HubSource:
 def _stream(repo: str, config: str, split: str, sha: str, process: int) -> IterableDataset:
     """The same, opened once a process: connections do not outlive a fork."""
     return undecoded(online_builder(repo, config, sha), repo, split)
-
-
-def _content(value: object) -> tuple[bytes | None, str | None]:
-    """Bytes and path of an image as a cell holds them."""
-    match value:
-        case bytes():
-            return value, None
-        case str():
-            return None, value
-        case {"bytes": bytes() as content, **rest}:
-            return content, str(rest["path"]) if rest.get("path") else None
-        case {"path": str() as path}:
-            return None, path
-        case _:
-            return None, None
-
-
-def _caption(value: object) -> str | None:
-    """The text of a cell, of a list its first; None where there is none."""
-    if isinstance(value, list):
-        value = next((one for one in value if one), None)
-    return value.strip() or None if isinstance(value, str) else None
 
 
 def _label(value: object, names: int) -> int:

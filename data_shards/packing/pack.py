@@ -1,7 +1,6 @@
 """Packs a source into shuffled tars and their index; the same source and seed give the same bytes, however many workers."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_shards.config import DEFAULT_SAMPLES_PER_SHARD, INDEX_NAME
-from data_shards.files import replace_file
+from data_shards.files import held, replace_file
 from data_shards.index import ShardIndex, ShardIndexError, canonical_sha256, index_text
 from data_shards.packing.assemble import Assembly, assemble, select
 from data_shards.packing.filters import Filters
@@ -74,7 +73,7 @@ def pack(
         _remove_partial(out)  # left behind by a kill between the last two lines below
         report(WRITING, finished.samples, finished.samples)
         return finished
-    with _locked(out), _disk_errors_named(out):
+    with held(out, PARTIAL_NAME, doing="packed"), _disk_errors_named(out):
         _start(out, wanted)
         job = PieceJob(source, how, skip_bad_rows, out / PARTIAL_NAME)
         pieces = _pieces(job, _parts(source, part_rows, first_rows), first_rows, workers, report)
@@ -211,21 +210,6 @@ def _disk_errors_named(out: Path) -> Iterator[None]:
             raise
         what = f"{os.strerror(error.errno)}; packing needs room for the shards twice: make room and run the same command again, it goes on"
         raise OSError(error.errno, what, str(out)) from error
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds OUT for this process."""
-    (out / PARTIAL_NAME).mkdir(parents=True, exist_ok=True)
-    with (out / PARTIAL_NAME / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{out} is being packed by another process; wait for it, or give another --out") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks: go on without
-                raise
-        yield
 
 
 def _remove_partial(out: Path) -> None:

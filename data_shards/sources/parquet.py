@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 
 from data_shards.config import MAX_IMAGE_BYTES
 from data_shards.hub.columns import Column, Columns, choose_columns
+from data_shards.sources.cells import caption_cell, image_cell
 from data_shards.sources.folder import stated_licence
 from data_shards.sources.rows import Part, Row, UnreadableRow, even_parts
 
@@ -105,7 +106,7 @@ class ParquetSource:
             yield self._row(record, f"{before + number:08d}", f"{path}: row {number}")
 
     def _row(self, record: Mapping[str, object], key: str, where: str) -> Row | UnreadableRow:
-        content, path = _content(record[self.columns.image])
+        content, path = image_cell(record[self.columns.image])
         if content is None:
             reason = (
                 "it has no image" if path is None else f"its image is only the path {path[:100]!r}, not bytes; pack the files as a folder"
@@ -113,7 +114,7 @@ class ParquetSource:
             return UnreadableRow(key, reason, where)
         if len(content) > MAX_IMAGE_BYTES:
             return UnreadableRow(key, f"its image has {len(content)} bytes, at most {MAX_IMAGE_BYTES} are allowed", where)
-        caption = _caption(record[self.columns.text]) if self.columns.text is not None else None
+        caption = caption_cell(record[self.columns.text]) if self.columns.text is not None else None
         labels = {
             name: names[number]
             for name, names in self.columns.labels.items()
@@ -215,25 +216,3 @@ def _footer_sha256(path: Path) -> str:
         length = int.from_bytes(file.read(4), "little")
         file.seek(max(0, end - length))
         return hashlib.sha256(file.read()).hexdigest()
-
-
-def _content(value: object) -> tuple[bytes | None, str | None]:
-    """Bytes and path of an image as a cell holds them."""
-    match value:
-        case bytes():
-            return value, None
-        case str():
-            return None, value
-        case {"bytes": bytes() as content, **rest}:
-            return content, str(rest["path"]) if rest.get("path") else None
-        case {"path": str() as path}:
-            return None, path
-        case _:
-            return None, None
-
-
-def _caption(value: object) -> str | None:
-    """The text of a cell, of a list its first; None where there is none."""
-    if isinstance(value, list):
-        value = next((one for one in value if one), None)
-    return value.strip() or None if isinstance(value, str) else None

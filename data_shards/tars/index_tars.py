@@ -1,19 +1,16 @@
 """Makes the index of WebDataset tars that others wrote: each is walked once, in a confined process, and none is trusted or changed."""
 
-import errno
-import fcntl
 import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
 from data_shards.config import INDEX_NAME
-from data_shards.files import replace_file
+from data_shards.files import held, replace_file
 from data_shards.index import Members, Shard, ShardIndex, ShardIndexError, index_text, parse_shard
 from data_shards.remote.fetch import fetch
 from data_shards.tars.confined import ConfinedError, Limits, confined_lines
@@ -72,7 +69,7 @@ def index_tars(
     store does not answer.
     """
     sources, out = find_tars(tars), Path(out)
-    with _locked(out):
+    with held(out, PARTIAL_NAME, doing="indexed"):
         found = _entries(sources, out, workers, progress or _no_progress)
         _write(out, _text(sources, found, out, licence))
         index = ShardIndex.load(out)
@@ -256,21 +253,6 @@ def _write(out: Path, text: str) -> None:
                 f"{out / INDEX_NAME} is the index of other shards, or of these before they changed; remove it, or give another --out"
             )
     replace_file(out / INDEX_NAME, text)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds OUT for this process."""
-    (out / PARTIAL_NAME).mkdir(parents=True, exist_ok=True)
-    with (out / PARTIAL_NAME / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{out} is being indexed by another process; wait for it, or give another --out") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks: go on without
-                raise
-        yield
 
 
 def _no_progress(_done: int, _total: int) -> None:
