@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 INPUTS := pyproject.toml constraints.txt
+SAMPLE := "not engines and not all_kills and not all_cases and not cluster"
+# Tests of one process each, which two processes share; the others start ranks and servers, and get the machine for themselves.
+IN_ONE_PROCESS := tests/data_shards tests/launch tests/trainer
 # The interpreter for .venv: `make setup PYTHON=/path/to/python3.12` chooses another.
 PYTHON ?=
 # Where torch's small CPU build lies; used on Linux machines without an NVIDIA GPU, if it can be reached.
@@ -21,7 +24,8 @@ demo: $(CORE) ## faces, shards, teacher, halvings, samples, report: 10 to 20 min
 	$(BIN)/halfstep demo
 
 test: $(DEV) ## the tests, with a sample of the engines, of the moments to kill at and of the clusters
-	$(BIN)/python -m pytest -m "not engines and not all_kills and not all_cases and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(SAMPLE) -n 2 --dist loadfile $(IN_ONE_PROCESS)
+	$(BIN)/python -m pytest -m $(SAMPLE) $(addprefix --ignore=,$(IN_ONE_PROCESS))
 
 test-engines: $(DEV) ## every objective, engine and number of ranks; goes on where it was interrupted
 	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample"
