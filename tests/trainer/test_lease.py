@@ -76,7 +76,7 @@ def test_a_process_that_is_dead_but_not_reaped_has_no_start_time() -> None:
     assert start_ticks(2**22 + 1) is None
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["that runs", "that nobody has"])
 def test_a_silent_job_of_another_host_is_succeeded_whatever_runs_here(tmp_path: Path, pid: int, caplog: pytest.LogCaptureFixture) -> None:
     _left_by(tmp_path, host="node7", pid_space="elsewhere", pid=pid)
     lease = Lease.take(tmp_path, renew_seconds=_RENEW_SECONDS)
