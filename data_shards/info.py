@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from zlib import crc32
 
 from PIL import Image
 
@@ -10,6 +11,8 @@ from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, IMAGE_FO
 from data_shards.images import DecodeError, image_pixels
 from data_shards.index import Shard, ShardIndex
 from data_shards.keyed import permutation
+from data_shards.remote.store import store_of
+from data_shards.tars.tar import BLOCK_BYTES, padded
 
 SHEET_GAP_PIXELS = 2
 SHEET_LARGEST_PIXELS = 192
@@ -103,10 +106,19 @@ def _contents(index: ShardIndex, extension: str, limit: int) -> list[bytes]:
 
 
 def _content(index: ShardIndex, shard: Shard, position: int, extension: str) -> bytes | None:
-    """Data of one member as it stands in the tar."""
+    """Data of one member as it stands in the tar, wherever that lies.
+
+    Raises: ValueError if the tar is missing, or its bytes there are not those of the index."""
     members = shard.members.get(extension)
     if members is None or members.sizes[position] < 0:
         return None
-    with (index.root / shard.name).open("rb") as file:
-        file.seek(members.offsets[position])
-        return file.read(members.sizes[position])
+    try:
+        with store_of(index).open(shard) as file:
+            file.seek(members.offsets[position] - BLOCK_BYTES)
+            block = file.read(BLOCK_BYTES + padded(members.sizes[position]))
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing; see `halfstep shards verify {index.root}`") from None
+    if crc32(block) != members.crc32[position]:
+        what = f"{shard.name}: sample {shard.keys[position]!r}: its .{extension} is cut or was changed after packing"
+        raise ValueError(f"{what}; see `halfstep shards verify {index.root}`")
+    return block[BLOCK_BYTES : BLOCK_BYTES + members.sizes[position]]

@@ -202,7 +202,7 @@ def _is_broken_collective(error: RuntimeError) -> bool:
 def _report(run_dir: Path | None, error: Exception, code: int) -> None:
     """Say why this rank ends: a message for what a user can mend, a traceback for our own faults."""
     rank = _rank()
-    if code == CRASH and not isinstance(error, FetchError):
+    if code == CRASH and not isinstance(error, FetchError | ConnectionError):
         text = "".join(traceback.format_exception(error))
     else:
         text = f"error: {error}\n" if rank == 0 else f"rank {rank}: error: {error}\n"

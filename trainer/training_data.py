@@ -1,10 +1,15 @@
 """What a run trains on: its data sets, their order, and the micro-batches of this rank."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import numpy as np
+
+from data_shards import ranks
+from data_shards.config import is_image
 from data_shards.index import ShardIndex
 from data_shards.reading.buckets import bucket_numbers, bucket_sizes
 from data_shards.reading.plan import Plan
@@ -13,6 +18,8 @@ from data_shards.reading.sample import MicroBatch
 from data_shards.remote.store import open_cache, store_of
 from trainer.config import DataConfig, RunConfig
 from trainer.rng import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -38,6 +45,7 @@ class TrainingData:
         data = config.data
         names = [source.shards for source in data.mixture] or [str(data.shards)]
         indexes = tuple(ShardIndex.load(run_dir / name) for name in names)
+        _check_images(indexes)
         sizes = _sizes(data)
         plan = Plan(
             tuple(shard.samples for index in indexes for shard in index.shards),
@@ -48,6 +56,12 @@ class TrainingData:
             weights=tuple(source.weight for source in data.mixture if source.weight is not None) or None,
             buckets=tuple(number for index in indexes for number in bucket_numbers(index, sizes)) if sizes and len(sizes) > 1 else None,
         )
+        if sizes and len(sizes) > 1 and ranks.is_rank_0():
+            counts = np.bincount(np.concatenate(plan.buckets or ()), minlength=len(sizes))
+            listed = ", ".join(f"{width} x {height}: {count}" for (width, height), count in zip(sizes, counts, strict=True))
+            logger.info("images by bucket (%d shapes): %s", len(sizes), listed)
+        elif data.aspect_buckets is not None and ranks.is_rank_0():
+            logger.warning("data.aspect_buckets: only squares fit; set a smaller data.aspect_buckets.multiple_of")
         return cls(data, indexes, plan, data.image_size or _common_side(indexes), sizes)
 
     def batches(self, start_step: int, stop_step: int, indices: range, *, pin: bool) -> Iterator[MicroBatch]:
@@ -62,6 +76,16 @@ class TrainingData:
             stores=[store_of(index, cache) for index in self.indexes],
         )
         return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
+
+
+def _check_images(indexes: tuple[ShardIndex, ...]) -> None:
+    """Raises: ValueError for shards that an encoder left without images."""
+    for index in indexes:
+        held = sorted({extension for shard in index.shards for extension in shard.members})
+        if not any(map(is_image, held)):
+            raise ValueError(
+                f"{index.root}: holds {', '.join(held)} and no images, which this model learns from; give the shards that were encoded"
+            )
 
 
 def _sizes(data: DataConfig) -> tuple[tuple[int, int], ...] | None:

@@ -135,4 +135,6 @@ def _download(name: str, revision: str | None, weights: Sequence[str]) -> Path:
             ) from None
         if constants.is_offline_mode():
             raise ValueError(str(error)) from None  # another attempt would not mend it
+        if isinstance(error, ConnectionError):
+            raise ConnectionError(f"{error}; there is no folder {name} here either") from None
         raise

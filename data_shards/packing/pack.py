@@ -187,7 +187,10 @@ def _start(out: Path, wanted: dict[str, object]) -> None:
     note = out / PARTIAL_NAME / "wanted.json"
     if note.exists():
         found = json.loads(note.read_text(encoding="utf-8"))
-        if canonical_sha256(found) != canonical_sha256(wanted):
+        nothing_yet = {path.name for path in (*out.iterdir(), *(out / PARTIAL_NAME).iterdir())} <= {PARTIAL_NAME, "wanted.json", "lock"}
+        if canonical_sha256(found) != canonical_sha256(wanted) and nothing_yet:  # the source was mended before anything came of it
+            replace_file(note, json.dumps(wanted, sort_keys=True, indent=1).encode())
+        elif canonical_sha256(found) != canonical_sha256(wanted):
             raise ValueError(
                 f"{out} holds the beginning of another pack ({_difference(found, wanted)}); give another --out, or remove that folder"
             )

@@ -69,6 +69,7 @@ def index_tars(
     store does not answer.
     """
     sources, out = find_tars(tars), Path(out)
+    _check_own(out)
     with held(out, PARTIAL_NAME, doing="indexed"):
         found = _entries(sources, out, workers, progress or _no_progress)
         _write(out, _text(sources, found, out, licence))
@@ -79,6 +80,13 @@ def index_tars(
     named = [f"{entry.shard.name}: {line}" for entry in found for line in entry.named]
     examples = {extension: f"{entry.shard.name}: {name}" for entry in reversed(found) for extension, name in entry.examples.items()}
     return IndexedTars(index, _sum(found, "ignored"), examples, _sum(found, "left_out"), tuple(named[:NAMED]))
+
+
+def _check_own(out: Path) -> None:
+    """Raises: ValueError if OUT is a folder of other things than tars and their index."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names and not {INDEX_NAME, PARTIAL_NAME} & set(names) and not any(name.endswith(".tar") for name in names):
+        raise ValueError(f"{out} is not empty (it holds {names[0]}); give a new --out, or the folder of the tars")
 
 
 def tar_entry(path: Path, name: str) -> TarEntry:

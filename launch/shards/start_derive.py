@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.config import is_image
 from data_shards.derive.request import RUN_NAME, WORK_NAME, DeriveJob, Request, check_same, is_finished
 from data_shards.index import ShardIndex
 from launch.cluster import ClusterConfig, LocalCluster, SlurmCluster, load_cluster
@@ -100,7 +101,8 @@ def _follow_up(out: Path, then: Then) -> None:
         from data_shards.hub.push import push_shards
 
         sys.stderr.write(f"pushed: {push_shards(out, then.push)}\n")
-    sys.stdout.write(f"use it:  halfstep train RECIPE data.shards={out}\n")
+    if any(map(is_image, index.shards[0].members)):
+        sys.stdout.write(f"use it:  halfstep train RECIPE data.shards={out}\n")
 
 
 def local_model(text: str) -> str:

@@ -132,3 +132,14 @@ def test_bad_files_may_be_skipped(folder: Path, tmp_path: Path) -> None:
         FolderSource.scan(folder)
     index = pack(FolderSource.scan(folder, skip_bad=True), tmp_path / "out", size=8, skip_bad_rows=True)
     assert index.samples == 3 and index.pack["dropped"] == {"unreadable": 2}
+
+
+def test_a_source_that_was_mended_before_anything_was_packed_is_packed(tmp_path: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    Image.effect_noise((64, 64), 100).convert("RGB").save(folder / "good.png")
+    (folder / "bad.png").write_bytes((folder / "good.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        pack(FolderSource.scan(folder), out, size=8)
+    (folder / "bad.png").unlink()
+    assert pack(FolderSource.scan(folder), out, size=8).samples == 1

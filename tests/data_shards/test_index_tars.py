@@ -412,3 +412,10 @@ def test_the_command_says_what_is_used_and_what_not(tars: Path, tmp_path: Path) 
     run = subprocess.run([*command[:-3], str(tmp_path / "other")], capture_output=True, text=True)
     assert run.returncode == 2 and "it is bzip2, not tar" in run.stderr and "Traceback" not in run.stderr
     assert json.loads((tmp_path / "out" / INDEX_NAME).read_text())["samples"] == 12
+
+
+def test_a_folder_of_other_things_is_not_written_into(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(ValueError, match=r"is not empty \(it holds photo.jpg\); give a new --out"):
+        index_tars([str(packed / ShardIndex.load(packed).shards[0].name)], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]

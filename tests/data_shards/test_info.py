@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_shards.index import ShardIndex
+from data_shards.index import ShardIndex, index_text
 from data_shards.info import contact_sheet, summary, write_contact_sheet
 
 
@@ -34,3 +34,19 @@ def test_a_damaged_image_is_named_instead_of_shown(damaged: Path, flip_bit: Call
     flip_bit(0, shard.members["png"].offsets[0] + 1)
     with pytest.raises(ValueError, match=f"sample '{shard.keys[0]}'"):
         contact_sheet(ShardIndex.load(damaged))
+
+
+def test_tars_that_lie_elsewhere_are_shown(packed: Path, tmp_path: Path) -> None:
+    index = ShardIndex.load(packed)
+    text = index_text(image_size=16, licence=index.licence, source=index.source, pack=index.pack, shards=index.shards, location=str(packed))
+    (tmp_path / "index.json").write_text(text)
+    elsewhere = ShardIndex.load(tmp_path)
+    assert summary(elsewhere)["attributes"] == summary(index)["attributes"]
+    assert contact_sheet(elsewhere).tobytes() == contact_sheet(index).tobytes()
+
+
+def test_a_cut_shard_is_named(damaged: Path) -> None:
+    path = damaged / ShardIndex.load(damaged).shards[0].name
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"shard-000000.tar: sample .* is cut or was changed after packing; see `halfstep shards verify"):
+        summary(ShardIndex.load(damaged))

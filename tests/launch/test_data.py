@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data_shards.index import ShardIndex
+from data_shards.index import ShardIndex, index_text
 from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
 from launch.data import data_folders, data_identity, with_data
@@ -131,3 +132,12 @@ def test_a_location_that_can_not_be_is_refused(tmp_path: Path, server: StoreServ
     with pytest.raises((ValueError, RuntimeError), match=message) as caught:
         data_folders(recipe({"shards": location.format(host=server.url.removeprefix("http://"))}), tmp_path / "own")
     assert "secret" not in str(caught.value)
+
+
+def test_latents_without_images_are_nothing_for_a_pixel_model(sets: Path, tmp_path: Path) -> None:
+    index = ShardIndex.load(sets / "small")
+    shards = [replace(shard, members={"txt": shard.members["txt"]}) for shard in index.shards]
+    text = index_text(image_size=None, licence={}, source={}, pack={}, shards=shards, location=str(sets / "small"))
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match="holds txt and no images, which this model learns from"):
+        run(recipe({"shards": str(tmp_path), "image_size": 16}), tmp_path / "run")
