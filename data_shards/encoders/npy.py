@@ -1,4 +1,4 @@
-"""Tensors as members of shards: plain numbers in numpy's own format, written and read without any pickle."""
+"""Tensors as members of shards: plain numbers in numpy's own format, written without any pickle."""
 
 import io
 
@@ -6,7 +6,6 @@ import numpy as np
 from torch import Tensor
 
 from data_shards.derive.request import StoredType
-from data_shards.npy_header import npy_type_and_shape
 
 _TYPES = {"fp16": np.float16, "fp32": np.float32}
 
@@ -25,16 +24,6 @@ def npy_bytes(tensor: Tensor, dtype: StoredType) -> bytes:
 def mask_bytes(mask: Tensor) -> bytes:
     """Which tokens count, as a .npy file of bytes 0 and 1."""
     return _written(np.ascontiguousarray(mask.cpu().numpy(), dtype=np.uint8))
-
-
-def tensor_from_npy(content: bytes) -> np.ndarray:
-    """What `npy_bytes` wrote, or another .npy of plain numbers; not writable.
-
-    Raises: DecodeError for objects, another order than C's, and data that is longer or shorter than its header says."""
-    kind, shape = npy_type_and_shape(content)
-    dtype = np.dtype(kind)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return np.frombuffer(content, dtype=dtype, offset=len(content) - size).reshape(shape)
 
 
 def _written(values: np.ndarray) -> bytes:

@@ -17,11 +17,12 @@ from data_shards.derive.request import EncodeRequest
 from data_shards.encoders.check import check_encoder
 from data_shards.encoders.efficient_net import EfficientNetEncoder
 from data_shards.encoders.files import encoder_sha256, find_model
-from data_shards.encoders.npy import npy_bytes, tensor_from_npy
+from data_shards.encoders.npy import npy_bytes
 from data_shards.encoders.text import TextEncoder
 from data_shards.images import DecodeError
 from data_shards.index import ShardIndex
 from data_shards.packing.pack import pack
+from data_shards.reading.decode import tensor_of
 from data_shards.reading.read import read_all
 from data_shards.sources.faces import FacesSource
 from data_shards.tars.verify import verify
@@ -79,7 +80,7 @@ def request(models: Path, *, keep_images: bool = False) -> EncodeRequest:
 
 
 def stored(out: Path, extension: str) -> dict[str, np.ndarray]:
-    return {name.partition(".")[0]: tensor_from_npy(content) for name, content in members(out).items() if name.endswith(f".{extension}")}
+    return {name.partition(".")[0]: tensor_of(content).numpy() for name, content in members(out).items() if name.endswith(f".{extension}")}
 
 
 def squares(faces: Path) -> dict[str, Tensor]:
@@ -271,7 +272,7 @@ def test_what_cannot_be_encoded_is_said(models: Path, faces: Path, tmp_path: Pat
 def test_numbers_beyond_half_precision_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite in fp16; give --dtype fp32"):
         npy_bytes(torch.tensor([70000.0]), "fp16")
-    assert tensor_from_npy(npy_bytes(torch.tensor([70000.0]), "fp32"))[0] == 70000
+    assert tensor_of(npy_bytes(torch.tensor([70000.0]), "fp32"))[0] == 70000
 
 
 @pytest.mark.parametrize("case", ["objects", "fortran", "short", "long", "no_npy"])
@@ -281,7 +282,7 @@ def test_a_tensor_that_is_not_plain_numbers_is_refused(case: str) -> None:
     np.save(file, array)
     content = {"short": file.getvalue()[:-1], "long": file.getvalue() + b"x", "no_npy": b"PK\3\4"}.get(case, file.getvalue())
     with pytest.raises(DecodeError):
-        tensor_from_npy(content)
+        tensor_of(content)
 
 
 def test_a_model_is_found_at_the_top_and_within_a_pipeline(models: Path, tmp_path: Path) -> None:
