@@ -15,7 +15,7 @@ from data_shards.reading.buckets import bucket_numbers, bucket_sizes
 from data_shards.reading.plan import Plan
 from data_shards.reading.read import MicroBatches, loader
 from data_shards.reading.sample import MicroBatch
-from data_shards.remote.store import open_cache, store_of
+from data_shards.remote.store import stores_of
 from trainer.config import DataConfig, RunConfig
 from trainer.rng import derive_seed
 
@@ -56,24 +56,19 @@ class TrainingData:
             weights=tuple(source.weight for source in data.mixture if source.weight is not None) or None,
             buckets=tuple(number for index in indexes for number in bucket_numbers(index, sizes)) if sizes and len(sizes) > 1 else None,
         )
-        if sizes and len(sizes) > 1 and ranks.is_rank_0():
-            counts = np.bincount(np.concatenate(plan.buckets or ()), minlength=len(sizes))
-            listed = ", ".join(f"{width} x {height}: {count}" for (width, height), count in zip(sizes, counts, strict=True))
-            logger.info("images by bucket (%d shapes): %s", len(sizes), listed)
-        elif data.aspect_buckets is not None and ranks.is_rank_0():
-            logger.warning("data.aspect_buckets: only squares fit; set a smaller data.aspect_buckets.multiple_of")
+        if data.aspect_buckets is not None and ranks.is_rank_0():
+            _log_buckets(plan, sizes or ())
         return cls(data, indexes, plan, data.image_size or _common_side(indexes), sizes)
 
     def batches(self, start_step: int, stop_step: int, indices: range, *, pin: bool) -> Iterator[MicroBatch]:
         """The given indices of steps start_step .. stop_step-1, in that order. pin: page-locked memory."""
-        remote = any(index.location is not None for index in self.indexes)
-        cache = open_cache(self.config.cache.folder, limit_gib=self.config.cache.limit_gib) if remote else None
+        cache = self.config.cache
         read = MicroBatches(
             self.indexes,
             self.plan,
             on_bad_sample=self.config.on_bad_sample,
             sizes=self.sizes,
-            stores=[store_of(index, cache) for index in self.indexes],
+            stores=stores_of(self.indexes, cache_folder=cache.folder, limit_gib=cache.limit_gib),
         )
         return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
 
@@ -96,6 +91,15 @@ def _sizes(data: DataConfig) -> tuple[tuple[int, int], ...] | None:
         return ((data.image_size, data.image_size),)
     buckets = data.aspect_buckets
     return tuple(bucket_sizes(data.image_size, multiple_of=buckets.multiple_of, max_aspect=buckets.max_aspect))
+
+
+def _log_buckets(plan: Plan, sizes: tuple[tuple[int, int], ...]) -> None:
+    if plan.buckets is None:
+        logger.warning("data.aspect_buckets: only squares fit; set a smaller data.aspect_buckets.multiple_of")
+        return
+    counts = np.bincount(np.concatenate(plan.buckets), minlength=len(sizes))
+    listed = ", ".join(f"{width} x {height}: {count}" for (width, height), count in zip(sizes, counts, strict=True))
+    logger.info("images by bucket (%d shapes): %s", len(sizes), listed)
 
 
 def _common_side(indexes: tuple[ShardIndex, ...]) -> int:

@@ -17,7 +17,7 @@ from data_shards.reading.decode import attribute_strings, caption_text, fitted_i
 from data_shards.reading.lines import Place
 from data_shards.reading.sample import BadSample
 from data_shards.remote.retry import WrongContentError
-from data_shards.remote.store import Store, store_of
+from data_shards.remote.store import Store, stores_of
 from data_shards.tars.tar import BLOCK_BYTES, header_member, header_problem
 
 OPEN_FILES = 256  # well under the usual limit of 1,024 a process
@@ -33,7 +33,7 @@ class SampleReader:
 
     def __init__(self, indexes: ShardIndex | Sequence[ShardIndex], *, stores: Sequence[Store] | None = None) -> None:
         self.indexes = (indexes,) if isinstance(indexes, ShardIndex) else tuple(indexes)
-        stores = [store_of(index) for index in self.indexes] if stores is None else stores
+        stores = stores_of(self.indexes) if stores is None else stores
         self.shards = [shard for index in self.indexes for shard in index.shards]
         self.keys = [shard.keys for shard in self.shards]
         self._index_of = [index for index in self.indexes for _ in index.shards]

@@ -1,6 +1,7 @@
 """Where the tars of an index lie: a folder, or a remote store read through the node's cache."""
 
 import os
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, final
@@ -44,6 +45,13 @@ def store_of(index: ShardIndex, cache: "ShardCache | None" = None) -> Store:
     if cache is None:
         cache = open_cache(None, limit_gib=None)
     return _Cached(location, cache)
+
+
+def stores_of(indexes: Sequence[ShardIndex], *, cache_folder: str | None = None, limit_gib: float | None = None) -> list[Store]:
+    """The store of each index; remote ones share one cache, which is opened only if there are any. Raises: as store_of."""
+    remote = any(index.location is not None and Location.parse(index.location).is_remote for index in indexes)
+    cache = open_cache(cache_folder, limit_gib=limit_gib) if remote else None
+    return [store_of(index, cache) for index in indexes]
 
 
 def open_cache(folder: str | None, *, limit_gib: float | None) -> "ShardCache":
