@@ -6,12 +6,12 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from data_shards.derive.request import Precision
 from data_shards.encoders.files import find_model
-from data_shards.encoders.precision import autocast
+from data_shards.encoders.precision import autocast, hold_in_bf16
 from data_shards.files import read_json_object
 
 _T5_TOKENS = 256  # T5 itself has no limit
@@ -33,11 +33,20 @@ class TextEncoder:
     """CLIP's text encoder, with or without its projection, or T5's."""
 
     def __init__(
-        self, text: str, *, layer: Literal["last", "penultimate"], tokens: int, masks: bool, precision: Precision, device: torch.device
+        self,
+        text: str,
+        *,
+        layer: Literal["last", "penultimate"],
+        tokens: int,
+        masks: bool,
+        precision: Precision,
+        device: torch.device,
+        holds_bf16: bool = False,
     ) -> None:
         """text: as find_model takes it, at the top or in text_encoder/, its tokenizer beside it; tokens: 0 for the model's own number.
 
-        masks: whether padding is hidden from the encoder. Raises: ValueError if it is another kind of model."""
+        masks: whether padding is hidden from the encoder; holds_bf16: see `hold_in_bf16`.
+        Raises: ValueError if it is another kind of model."""
         self.files = find_model(text, part="text_encoder")
         self._precision: Precision = precision
         self._layer, self._masks, self._device = layer, masks, device
@@ -55,17 +64,34 @@ class TextEncoder:
         self._model = self._class.from_pretrained(
             self.files.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
+        if holds_bf16:
+            hold_in_bf16(self._model, precision)
         self._model.to(device).eval()  # pyright: ignore[reportArgumentType] (transformers hides torch's signature)
         self._tokenizer = AutoTokenizer.from_pretrained(self.files.beside("tokenizer"), local_files_only=True, trust_remote_code=False)
         limit = _T5_TOKENS if self._class is T5EncoderModel else int(self._model.config.get_text_config().max_position_embeddings)
         self._tokens = tokens or min(limit, self._tokenizer.model_max_length)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, to be placed or shared among ranks; `encode` goes on using it."""
+        return self._model
+
+    def units(self) -> tuple[nn.Module, ...]:
+        """Its layers, which a shared model gathers one after the other."""
+        match self._model:
+            case CLIPTextModelWithProjection():
+                return tuple(self._model.text_model.encoder.layers)
+            case CLIPTextModel():
+                return tuple(self._model.encoder.layers)
+            case T5EncoderModel():
+                return tuple(self._model.encoder.block)
 
     def encode(self, captions: Sequence[str]) -> EncodedText:
         """All captions at one length."""
         lengths = [len(ids) for ids in self._tokenizer(list(captions), verbose=False).input_ids]
         padded = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt")
         mask = padded.attention_mask.to(self._device)
-        with torch.inference_mode(), autocast(self._device, self._precision):
+        with torch.no_grad(), autocast(self._device, self._precision):
             output = self._model(
                 input_ids=padded.input_ids.to(self._device), attention_mask=mask if self._masks else None, output_hidden_states=True
             )

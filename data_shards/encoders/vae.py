@@ -5,11 +5,11 @@ from typing import final
 import torch
 from diffusers import AutoencoderKL, VQModel
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_shards.derive.request import Precision
 from data_shards.encoders.files import ModelFiles, find_model
-from data_shards.encoders.precision import autocast
+from data_shards.encoders.precision import autocast, hold_in_bf16
 from data_shards.files import read_json_object
 
 _PARTS = ("vae", "movq")
@@ -19,8 +19,10 @@ _PARTS = ("vae", "movq")
 class LatentEncoder:
     """A frozen VAE."""
 
-    def __init__(self, text: str, *, precision: Precision, device: torch.device) -> None:
-        """text: as find_model takes it, at the top or in vae/. Raises: ValueError if it is another kind of model."""
+    def __init__(self, text: str, *, precision: Precision, device: torch.device, holds_bf16: bool = False) -> None:
+        """text: as find_model takes it, at the top or in vae/; holds_bf16: see `hold_in_bf16`.
+
+        Raises: ValueError if it is another kind of model."""
         self.files = _find(text)
         self._precision: Precision = precision
         self._device = device
@@ -36,12 +38,19 @@ class LatentEncoder:
                 )
             case _:
                 raise ValueError(f"{self.files.name} is of class {name}; --vae wants an AutoencoderKL or a VQModel (Kandinsky's movq)")
+        if holds_bf16:
+            hold_in_bf16(self._vae, precision)
         self._vae.to(device).eval()  # pyright: ignore[reportArgumentType] (diffusers hides torch's signature)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, to be placed or shared among ranks; `encode` goes on using it."""
+        return self._vae
 
     def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:
         """images: 0 .. 255. Of an AutoencoderKL mean and log variance, one after the other on c; not multiplied by scaling_factor."""
         pixels = images.to(self._device, torch.float32).mul_(2 / 255).sub_(1)
-        with torch.inference_mode(), autocast(self._device, self._precision):
+        with torch.no_grad(), autocast(self._device, self._precision):
             match self._vae:
                 case AutoencoderKL():
                     return self._vae.encode(pixels, return_dict=False)[0].parameters
