@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import assert_never
@@ -12,6 +12,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trainer.config_sections import (
+    BaseNoiseSchedule,
     CosineClampedNoiseSchedule,
     CosineNoiseSchedule,
     GivenNoiseSchedule,
@@ -40,6 +41,8 @@ def build_alpha_bar(noise_schedule: NoiseScheduleConfig) -> Float64[Tensor, " T"
             return clamped_cosine_alpha_bar(steps)
         case GivenNoiseSchedule(betas=betas):
             return alpha_bar_of_betas(betas)
+        case BaseNoiseSchedule():
+            raise ValueError("noise_schedule.kind=base: the levels are in the base's scheduler; a model from scratch has none")
         case _:
             assert_never(noise_schedule)
 
@@ -87,6 +90,59 @@ def respaced_betas(alpha_bar: Float64[Tensor, " T"], timesteps: Sequence[int]) -
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19."""
     levels = [1.0, *(float(alpha_bar[timestep]) for timestep in timesteps)]
     return [1 - noisier / cleaner for cleaner, noisier in pairwise(levels)]
+
+
+def zero_terminal_snr(alpha_bar: Float64[Tensor, " T"]) -> Float64[Tensor, " T"]:
+    """The table with its last entry exactly 0 and its first one kept: alpha shifted, then scaled. Wants a v or x_0 prediction.
+
+    Raises: ValueError if its ends are equal, so that there is nothing to scale.
+    Source: Lin et al. 2023, arXiv:2305.08891, Algorithm 1."""
+    signal = alpha_bar.sqrt()
+    first, last = signal[0], signal[-1]
+    if not first > last:
+        raise ValueError(
+            f"the noise schedule starts with alpha {float(first)} and ends with {float(last)}, wanted one that falls; set more steps"
+        )
+    return ((signal - last) * (first / (first - last))).square()
+
+
+def alpha_bar_of_scheduler(config: Mapping[str, object]) -> Float64[Tensor, " T"]:
+    """The table of a diffusers scheduler_config.json, in fp64; what it does not say is as DDPMScheduler has it.
+
+    Zero terminal SNR, if the config asks for it, is in the table. Raises: ValueError naming the entry that is not understood."""
+    trained = config.get("trained_betas")
+    steps = _entry(config, "num_train_timesteps", 1000.0)
+    first, last = _entry(config, "beta_start", 0.0001), _entry(config, "beta_end", 0.02)
+    match config.get("beta_schedule", "linear"):
+        case _ if isinstance(trained, Sequence) and not isinstance(trained, str):
+            betas = [_number(beta, f"trained_betas[{at}]") for at, beta in enumerate(trained)]
+        case _ if trained is not None:
+            raise ValueError(f"scheduler_config.json: trained_betas is {trained!r:.60}, wanted a list of numbers or null")
+        case "linear":
+            betas = linear_betas(first, last, steps=int(steps))
+        case "scaled_linear":
+            betas = scaled_linear_betas(first, last, steps=int(steps))
+        case "squaredcos_cap_v2":
+            betas = cosine_betas(int(steps))
+        case other:
+            raise ValueError(
+                f"scheduler_config.json: beta_schedule is {other!r:.60}, wanted linear, scaled_linear or squaredcos_cap_v2; "
+                "or give trained_betas"
+            )
+    if not betas or not all(0 <= beta <= 1 for beta in betas):
+        raise ValueError("scheduler_config.json: its betas must lie in [0, 1], and be one at least; give another base or trained_betas")
+    table = alpha_bar_of_betas(betas)
+    return zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table
+
+
+def _entry(config: Mapping[str, object], name: str, default: float) -> float:
+    return _number(config.get(name, default), name)
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"scheduler_config.json: {name} is {value!r:.60}, wanted a number")
+    return float(value)
 
 
 def alpha_sigma(alpha_bar: Float[Tensor, "*levels"]) -> tuple[Float[Tensor, "*levels"], Float[Tensor, "*levels"]]:

@@ -12,9 +12,14 @@ from trainer.config_sections import DenoisingLoss, Prediction
 SMALLEST_SIGNAL = 1e-12
 
 
-def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Mean squared error over channels and pixels, one an image, in fp32 at least."""
-    return (prediction - target).square().flatten(1).mean(1)
+def squared_error(
+    prediction: Float[Tensor, "b *element"], target: Float[Tensor, "b *element"], *, weight_map: Float[Tensor, "b *element"] | None = None
+) -> Float[Tensor, " b"]:
+    """Mean squared error over all elements of an image or embedding, one a sample, in fp32 at least.
+
+    weight_map: factors of the elements, e.g. [b, 1, h, w] for all channels alike; a mean of 1 keeps the scale. None: all are 1."""
+    error = (prediction - target).square()
+    return (error if weight_map is None else error * weight_map).flatten(1).mean(1)
 
 
 def loss_weight(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, rescale_zero_terminal_snr
 
 from trainer.config_sections import (
     CosineClampedNoiseSchedule,
@@ -14,7 +14,16 @@ from trainer.config_sections import (
     NoiseScheduleConfig,
     ScaledLinearNoiseSchedule,
 )
-from trainer.diffusion.schedule import alpha_bar_sha256, alpha_sigma, build_alpha_bar, draw_index, log_snr, respaced_betas
+from trainer.diffusion.schedule import (
+    alpha_bar_of_scheduler,
+    alpha_bar_sha256,
+    alpha_sigma,
+    build_alpha_bar,
+    draw_index,
+    log_snr,
+    respaced_betas,
+    zero_terminal_snr,
+)
 from trainer.stages import grid
 
 SCHEDULES: tuple[NoiseScheduleConfig, ...] = (
@@ -91,3 +100,59 @@ def test_indices_cover_the_range_evenly_and_never_reach_its_end() -> None:
     for count in range(1, 10000):
         assert draw_index(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), count).tolist() == [0, count - 1]
         assert draw_index(torch.tensor([0.0, 1 - 2**-24]), count).tolist() == [0, count - 1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_zero_terminal_snr_is_that_of_diffusers_and_ends_in_noise_alone(schedule: NoiseScheduleConfig) -> None:
+    table = build_alpha_bar(schedule)
+    rescaled = zero_terminal_snr(table)
+    betas = torch.tensor(respaced_betas(table, range(len(table))), dtype=torch.float64)
+    # Where a clamped schedule has its last level twice, diffusers divides 0 by 0.
+    wanted = (1 - rescale_zero_terminal_snr(betas)).cumprod(0).nan_to_num()
+    torch.testing.assert_close(rescaled, wanted, rtol=0, atol=1e-6)
+    assert rescaled[-1].item() == 0.0 and rescaled[0].item() == pytest.approx(table[0].item(), rel=1e-14)
+    assert rescaled.dtype == torch.float64 and bool((rescaled.diff() <= 0).all())
+    torch.testing.assert_close(zero_terminal_snr(rescaled), rescaled, rtol=1e-14, atol=0)
+
+
+def test_a_schedule_that_does_not_fall_has_no_terminal_to_shift() -> None:
+    with pytest.raises(ValueError, match="wanted one that falls"):
+        zero_terminal_snr(torch.tensor([0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"beta_schedule": "linear", "beta_start": 0.0015, "beta_end": 0.0195},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "trained_betas": None},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 256},
+        {"beta_schedule": "scaled_linear", "trained_betas": [0.1, 0.2, 0.5, 0.9]},
+    ],
+)
+def test_tables_of_scheduler_configs_are_those_of_diffusers(config: dict[str, object], *, rescaled: bool) -> None:
+    config = {**config, "rescale_betas_zero_snr": rescaled, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+    wanted = DDPMScheduler.from_config(config).alphas_cumprod  # pyright: ignore[reportAttributeAccessIssue]
+    table = alpha_bar_of_scheduler(config)
+    assert table.dtype == torch.float64
+    # The first cosine beta and what follows it are 1 - a ratio next to 1, whose rounding grows along a thousand fp32 factors.
+    torch.testing.assert_close(table, wanted.double(), rtol=5e-5, atol=1e-7)
+    assert (table[-1].item() == 0.0) == rescaled
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid', wanted linear, scaled_linear or squaredcos_cap_v2"),
+        ({"beta_start": "0.1"}, "beta_start is '0.1', wanted a number"),
+        ({"trained_betas": "0.1"}, "trained_betas is '0.1', wanted a list of numbers"),
+        ({"trained_betas": [0.1, None]}, r"trained_betas\[1\] is None, wanted a number"),
+        ({"trained_betas": []}, "one at least"),
+        ({"beta_end": 1.5}, r"lie in \[0, 1\]"),
+        ({"num_train_timesteps": 0}, "one at least"),
+    ],
+)
+def test_scheduler_configs_that_say_something_else_are_refused(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        alpha_bar_of_scheduler(config)
