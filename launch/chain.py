@@ -16,6 +16,7 @@ from trainer.config import (
     EmaConfig,
     ProgressiveDistillationConfig,
     RunConfig,
+    pixel_objective,
     student_counts,
 )
 from trainer.config_io import load_recipe
@@ -82,7 +83,7 @@ def student_config(config: RunConfig, distill: DistillConfig, *, number: int, te
         student_steps=steps,
         target=distill.target,
         sampler=distill.sampler,
-        prediction=config.objective.prediction,
+        prediction=pixel_objective(config).prediction,
         loss=distill.loss,
         min_snr_gamma=distill.min_snr_gamma,
         clip_target=distill.clip_target,

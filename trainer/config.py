@@ -1,9 +1,30 @@
 """The recipe: what a run does, and which part of that is the run's identity. Free of torch."""
 
 from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from trainer.config_data import AspectBucketsConfig, CacheConfig, DataConfig, FacesConfig, MixtureSource
+from trainer.config_latent import (
+    AdaptationConfig,
+    AutoencoderConfig,
+    AutoencodingConfig,
+    DreamBoothConfig,
+    FullAdaptation,
+    Kandinsky22DecoderConfig,
+    Kandinsky22PriorConfig,
+    LatentBaseConfig,
+    LatentDenoisingConfig,
+    LoraAdaptation,
+    MasksConfig,
+    StableDiffusionConfig,
+    ValidationConfig,
+    WuerstchenPriorConfig,
+)
+from trainer.config_latent_checks import latent_problems
 from trainer.config_sections import (
+    BaseNoiseSchedule,
     CheckpointConfig,
     ConstantLRSchedule,
     CosineClampedNoiseSchedule,
@@ -21,10 +42,8 @@ from trainer.config_sections import (
     LinearNoiseSchedule,
     LoggingConfig,
     LRScheduleConfig,
-    ModelConfig,
     NoiseScheduleConfig,
     NumericConfig,
-    ObjectiveConfig,
     OptimConfig,
     Prediction,
     Problem,
@@ -39,7 +58,11 @@ from trainer.config_sections import (
 from trainer.stages import halving_counts
 
 __all__ = [
+    "AdaptationConfig",
     "AspectBucketsConfig",
+    "AutoencoderConfig",
+    "AutoencodingConfig",
+    "BaseNoiseSchedule",
     "CacheConfig",
     "CheckpointConfig",
     "ConstantLRSchedule",
@@ -51,14 +74,22 @@ __all__ = [
     "DenoisingLoss",
     "DistillConfig",
     "DistillationLoss",
+    "DreamBoothConfig",
     "EmaConfig",
     "EngineConfig",
     "FacesConfig",
+    "FullAdaptation",
     "GivenNoiseSchedule",
+    "Kandinsky22DecoderConfig",
+    "Kandinsky22PriorConfig",
     "LRScheduleConfig",
+    "LatentBaseConfig",
+    "LatentDenoisingConfig",
     "LinearLRSchedule",
     "LinearNoiseSchedule",
     "LoggingConfig",
+    "LoraAdaptation",
+    "MasksConfig",
     "MixtureSource",
     "ModelConfig",
     "NoiseScheduleConfig",
@@ -72,12 +103,41 @@ __all__ = [
     "Sampler",
     "ScaledLinearNoiseSchedule",
     "Section",
+    "StableDiffusionConfig",
     "StepDecayLRSchedule",
     "TinyUNetConfig",
     "TrainConfig",
+    "ValidationConfig",
+    "WuerstchenPriorConfig",
     "identity",
+    "pixel_model",
+    "pixel_objective",
     "student_counts",
 ]
+
+ModelConfig = Annotated[
+    TinyUNetConfig
+    | AutoencoderConfig
+    | LatentBaseConfig
+    | StableDiffusionConfig
+    | WuerstchenPriorConfig
+    | Kandinsky22PriorConfig
+    | Kandinsky22DecoderConfig,
+    Field(discriminator="kind"),
+]
+ObjectiveConfig = Annotated[
+    DenoisingConfig | ProgressiveDistillationConfig | LatentDenoisingConfig | AutoencodingConfig, Field(discriminator="kind")
+]
+
+# Objective and noise schedule of a recipe that says nothing of them, by its kind of model.
+_LATENT_DEFAULTS = {
+    "autoencoder": ("autoencoding", "cosine_clamped"),
+    "latent_base": ("latent_denoising", "scaled_linear"),
+    "stable_diffusion": ("latent_denoising", "base"),
+    "wuerstchen_prior": ("latent_denoising", "base"),
+    "kandinsky22_prior": ("latent_denoising", "base"),
+    "kandinsky22_decoder": ("latent_denoising", "base"),
+}
 
 # What a resume may change: where and how often, never what is computed. the indexes' sha256 stand for data.shards and data.mixture.
 _NOT_IDENTITY = (
@@ -88,6 +148,7 @@ _NOT_IDENTITY = (
     "engine.shard_frozen_above_gib",
     "checkpoint",
     "logging",
+    "validation",
     "data.workers",
     "data.shards",
     "data.mixture",
@@ -118,6 +179,10 @@ class RunConfig(Section):
     """Optimizer and gradient clipping."""
     lr_schedule: LRScheduleConfig = ConstantLRSchedule()
     """Course of the learning rate."""
+    adaptation: AdaptationConfig = FullAdaptation()
+    """Which weights of a base are trained."""
+    dreambooth: DreamBoothConfig | None = None
+    """Teach a subject or style from a few images; null: learn from captioned images."""
     ema: EmaConfig = EmaConfig()
     """Moving average of the weights."""
     train: TrainConfig
@@ -130,8 +195,20 @@ class RunConfig(Section):
     """When the state is saved."""
     logging: LoggingConfig = LoggingConfig()
     """What is written down."""
+    validation: ValidationConfig = ValidationConfig()
+    """What a latent model draws while it trains."""
     distill: DistillConfig | None = None
     """A chain of halvings, for `halfstep distill`; null: none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_follow_the_model(cls, recipe: object) -> object:
+        model = recipe.get("model") if isinstance(recipe, dict) else None
+        kind = model.get("kind") if isinstance(model, dict) else None
+        if not isinstance(recipe, dict) or not isinstance(kind, str) or kind not in _LATENT_DEFAULTS:
+            return recipe
+        objective, noise_schedule = _LATENT_DEFAULTS[kind]
+        return {"objective": {"kind": objective}, "noise_schedule": {"kind": noise_schedule}, **recipe}
 
     @property
     def micro_batches(self) -> int:
@@ -147,10 +224,12 @@ class RunConfig(Section):
         if self.data.shards is None and self.data.faces is None and not self.data.mixture:
             text = "no images to train on; set data.shards to a directory of shards, or data.faces.count=6000 to pack cartoon faces"
             yield Problem(("data.shards", "data.faces"), text)
-        buckets, levels = self.data.aspect_buckets, len(self.model.channels)
-        if buckets is not None and buckets.multiple_of % 2 ** (levels - 1):
-            text = f"{buckets.multiple_of} is not a multiple of {2 ** (levels - 1)}, which the levels of model.channels need"
+        halvings = len(self.model.channels) - 1 if isinstance(self.model, TinyUNetConfig) else 0
+        buckets = self.data.aspect_buckets
+        if buckets is not None and buckets.multiple_of % 2**halvings:
+            text = f"{buckets.multiple_of} is not a multiple of {2**halvings}, which the levels of model.channels need"
             yield Problem(("data.aspect_buckets.multiple_of", "model.channels"), f"{text}; set data.aspect_buckets.multiple_of=64")
+        yield from latent_problems(self)
         if self.lr_schedule.warmup_steps >= self.train.steps:
             text = f"{self.lr_schedule.warmup_steps} is not below train.steps={self.train.steps}"
             yield Problem(("lr_schedule.warmup_steps", "train.steps"), f"{text}; set lr_schedule.warmup_steps={self.train.steps // 10}")
@@ -162,6 +241,20 @@ class RunConfig(Section):
             yield from _off_sequence("objective.teacher_steps", self.objective.teacher_steps, levels)
         if self.distill:
             yield from _chain_problems(self, self.distill)
+
+
+def pixel_model(config: RunConfig) -> TinyUNetConfig:
+    """The model section of a pixel model's recipe. Raises: ValueError for a latent model's."""
+    if not isinstance(config.model, TinyUNetConfig):
+        raise ValueError(f"model.kind={config.model.kind} works on latents; wanted a pixel model, model.kind=tiny_unet")
+    return config.model
+
+
+def pixel_objective(config: RunConfig) -> DenoisingConfig | ProgressiveDistillationConfig:
+    """The objective of a pixel model's recipe. Raises: ValueError for a latent model's."""
+    if not isinstance(config.objective, DenoisingConfig | ProgressiveDistillationConfig):
+        raise ValueError(f"objective.kind={config.objective.kind} is a latent model's; wanted objective.kind=denoising")
+    return config.objective
 
 
 def student_counts(distill: DistillConfig) -> tuple[int, ...]:

@@ -100,9 +100,6 @@ def _listed(numbers: Iterable[float]) -> str:
     return ", ".join(map(str, numbers))
 
 
-ModelConfig = TinyUNetConfig
-
-
 class DenoisingConfig(Section):
     """Learn to undo noise of any level: trains a teacher."""
 
@@ -151,9 +148,6 @@ class ProgressiveDistillationConfig(Section):
         if self.student_steps != half:
             text = f"the student of a teacher of {self.teacher_steps} steps takes {half}, not {self.student_steps}"
             yield Problem(("student_steps", "teacher_steps"), f"{text}; set objective.student_steps={half}")
-
-
-ObjectiveConfig = Annotated[DenoisingConfig | ProgressiveDistillationConfig, Field(discriminator="kind")]
 
 
 class LinearNoiseSchedule(Section):
@@ -214,8 +208,25 @@ class GivenNoiseSchedule(Section):
         return len(self.betas)
 
 
+class BaseNoiseSchedule(Section):
+    """The noise levels of the base that is fine-tuned, from its own scheduler."""
+
+    kind: Literal["base"] = "base"
+    """The base's own."""
+
+    @property
+    def steps(self) -> int:
+        """Number of noise levels T: all bases that halfstep knows were trained on so many."""
+        return 1000
+
+
 NoiseScheduleConfig = Annotated[
-    LinearNoiseSchedule | ScaledLinearNoiseSchedule | CosineNoiseSchedule | CosineClampedNoiseSchedule | GivenNoiseSchedule,
+    LinearNoiseSchedule
+    | ScaledLinearNoiseSchedule
+    | CosineNoiseSchedule
+    | CosineClampedNoiseSchedule
+    | GivenNoiseSchedule
+    | BaseNoiseSchedule,
     Field(discriminator="kind"),
 ]
 

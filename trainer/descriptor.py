@@ -1,7 +1,7 @@
 """The descriptor of a model: what its weights mean, in every manifest and export, asserted on every load."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar, final
@@ -81,10 +81,11 @@ class Descriptor:
             channels=fields.positive_integer("channels"),
         )
 
-    def difference(self, other: "Descriptor") -> str:
-        """The fields in which another descriptor differs, as "field: mine != other's", empty where none does."""
-        mine, others = self.to_json(), other.to_json()
-        return ", ".join(f"{field}: {_short(mine[field])} != {_short(others[field])}" for field in mine if mine[field] != others[field])
+
+def difference(mine: Mapping[str, object], others: Mapping[str, object]) -> str:
+    """The fields in which two descriptors as JSON differ, as "field: mine != other's", empty where none does."""
+    fields = [field for field in dict.fromkeys((*mine, *others)) if mine.get(field) != others.get(field)]
+    return ", ".join(f"{field}: {_short(mine.get(field))} != {_short(others.get(field))}" for field in fields)
 
 
 _MEND = "it was not written by this halfstep: train or export again"

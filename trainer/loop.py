@@ -12,31 +12,28 @@ from data_shards import ranks
 from data_shards.reading.sample import MicroBatch
 from trainer.checkpoint import Piece
 from trainer.config import RunConfig, identity
-from trainer.draws import draw
 from trainer.engines.engine import Engine, LossPerImage, StepResult
 from trainer.exit_codes import CALL_AGAIN, DONE
 from trainer.export import export_run
 from trainer.manifest import Checkpoint, Retention
 from trainer.metrics import Ledger, Reporter, Workload, cut_ledgers, measure_step
-from trainer.models.encode import encode_pixels
 from trainer.models.flops import peak_flops
-from trainer.models.tiny_unet import Denoiser
+from trainer.models.network import Network
 from trainer.numeric import BadSteps, LossAverage, RollBack
 from trainer.optim import learning_rate
 from trainer.rng import seed_dropout
-from trainer.sample import draw_grid
 from trainer.save import DISK_FULL, Saver
 from trainer.stop import StopRequest
-from trainer.task import Task
+from trainer.tasks.task import Task
 from trainer.training_data import TrainingData
 from trainer.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-GRID_SEED = 0
-"""Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
 VOTES = 2
 """What the ranks tell each other in every step's own reduction: the wish to stop, and that a save has ended."""
+Batches = Iterator[tuple[MicroBatch, ...]]
+"""One micro-batch of each data set at a time."""
 _SAVE_TIMEOUT_SECONDS = 1800.0
 _LAST_SAVE_SECONDS = 60.0
 
@@ -49,7 +46,7 @@ class Loop:
         self,
         config: RunConfig,
         run_dir: Path,
-        data: TrainingData,
+        data: Sequence[TrainingData],
         task: Task,
         engine: Engine,
         pieces: Sequence[Piece],
@@ -58,7 +55,9 @@ class Loop:
         stop: StopRequest,
         watch: Watch,
     ) -> None:
-        """checkpoint: what `engine` holds; None for step 0. pieces: of the engine's state, on all ranks. Collective."""
+        """data: one data set or several, read side by side. checkpoint: what `engine` holds; None for step 0.
+
+        pieces: of the engine's state, on all ranks. Collective."""
         self.config, self.run_dir, self.data, self.task, self.engine = config, run_dir, data, task, engine
         self.stop, self.watch = stop, watch
         self.start_step = checkpoint.step if checkpoint else 0
@@ -112,7 +111,8 @@ class Loop:
         config, train, start_step = self.config, self.config.train, self.start_step
         last_step = min(train.steps, start_step + (self.stop.steps_left or train.steps))
         step, asked, own = start_step, False, ranks.share(config.micro_batches)
-        batches = self.data.batches(start_step, last_step, own, pin=ranks.device().type == "cuda")
+        pin = ranks.device().type == "cuda"
+        batches = zip(*(data.batches(start_step, last_step, own, pin=pin) for data in self.data), strict=True)
         work = self._workload()
         boundary = time.perf_counter()
         while True:
@@ -204,34 +204,24 @@ class Loop:
             device=ranks.device(),
         )
 
-    def _losses(self, batches: Iterator[MicroBatch], step: int) -> Iterator[LossPerImage]:
+    def _losses(self, batches: Batches, step: int) -> Iterator[LossPerImage]:
         """This rank's micro-batches of one step, as functions of the denoiser."""
-        config, device = self.config, ranks.device()
+        config = self.config
         for index in ranks.share(config.micro_batches):
             self.watch.phase("data", step)
             waited = time.perf_counter()
-            batch = next(batches)
+            delivered = next(batches)
             self.data_wait_seconds += time.perf_counter() - waited
             self.watch.phase("compute", step)
-            count, channels, height, width = batch.images.shape
-            draws = draw(
-                config.seed,
-                step,
-                index,
-                shape=(count, channels, height, width),
-                micro_batches=config.micro_batches,
-                stratified=self.task.stratified,
-            )
-            replaced = [str(bad) for bad in batch.replaced]
-            self.ledger.write(step, index, keys=batch.keys, draws_sha256=draws.sha256(), replaced=replaced)
-            self.keys[index] = batch.keys
-            flips = draws.flips.to(device) if config.data.horizontal_flip else None
-            x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips, memory_format=config.train.memory_format)
+            work = self.task.micro_batch(delivered, step, index)
+            self.keys[index] = [key for batch in delivered for key in batch.keys]
+            replaced = [str(bad) for batch in delivered for bad in batch.replaced]
+            self.ledger.write(step, index, keys=self.keys[index], draws_sha256=work.draws_sha256, replaced=replaced)
             seed_dropout(config.seed, step, index)
-            yield lambda model, x_0=x_0, draws=draws: self.task.objective(model, x_0, draws)
+            yield work.loss
         self.watch.phase("reduce", step)
 
-    def _pass_over(self, batches: Iterator[MicroBatch]) -> None:
+    def _pass_over(self, batches: Batches) -> None:
         """Read a step's micro-batches without using them."""
         for _ in ranks.share(self.config.micro_batches):
             next(batches)
@@ -250,6 +240,7 @@ class Loop:
             "loss_scale": dict(self.engine.loss_scale()),
             "loss_average": self.average.to_json(),
             "mean_loss": sum(losses) / len(losses) if losses else None,
+            **self.task.facts(),
             "final": step == self.config.train.steps,
         }
         self.saver.start(step, facts)
@@ -272,18 +263,17 @@ class Loop:
     def _draw_samples(self, step: int) -> None:
         """Draw the sample grids, the images divided among the ranks."""
         self.watch.phase("sample", step)
-        logs = self.config.logging
 
-        def ticking(predict: Denoiser) -> Denoiser:
-            def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
+        def ticking(predict: Network) -> Network:
+            def evaluate(*inputs: object) -> Tensor:
                 self.watch.tick()
-                return predict(x_t, timestep)
+                return predict(*inputs)
 
             return evaluate
 
         with self.engine.averaged() as averaged:
-            ema = draw_grid(ticking(averaged), self.task, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
-        raw = draw_grid(ticking(self.engine.raw()), self.task, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
+            ema = self.task.draw(ticking(averaged))
+        raw = self.task.draw(ticking(self.engine.raw()))
         if self.reporter:
             self.reporter.write_samples(step, {"ema": ema, "raw": raw})
 

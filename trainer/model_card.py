@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_shards.index import ShardIndex
+from trainer.config import pixel_objective
 from trainer.source import Source
 
 TAGS = ("halfstep", "diffusers", "diffusers-training", "unconditional-image-generation")
@@ -87,7 +88,7 @@ def _made_from(source: Source) -> str:
     rows = {
         "Objective": recipe.objective.kind.replace("_", " "),
         "Prediction": descriptor.prediction_type,
-        "Loss": recipe.objective.loss,
+        "Loss": pixel_objective(recipe).loss,
         "Noise schedule": f"{recipe.noise_schedule.kind}, {len(source.alpha_bar)} levels",
         "Sampler": descriptor.sampler,
         "Parameters": f"{parameters:,}",

@@ -11,7 +11,15 @@ from PIL import Image
 from data_shards import ranks
 from data_shards.files import read_json_object, replace_file
 from trainer.chain import read_chain
-from trainer.config import DenoisingConfig, ProgressiveDistillationConfig
+from trainer.config import (
+    AutoencodingConfig,
+    DenoisingConfig,
+    LatentDenoisingConfig,
+    ProgressiveDistillationConfig,
+    RunConfig,
+    TinyUNetConfig,
+    pixel_objective,
+)
 from trainer.config_io import load_recipe
 from trainer.evaluation import read_rows
 from trainer.model_card import find_data
@@ -136,6 +144,22 @@ def _kind(directory: Path, runs: Sequence[tuple[str, Path]]) -> str:
             return f"A student of {steps_text(halving.student_steps)}, made from a teacher of {halving.teacher_steps}."
         case DenoisingConfig():
             return f"A diffusion model trained on a noise schedule of {recipe.noise_schedule.steps} levels."
+        case LatentDenoisingConfig():
+            return f"A latent diffusion model ({recipe.model.kind.replace('_', ' ')}), {recipe.adaptation.kind} training."
+        case AutoencodingConfig():
+            return "An autoencoder: images to latents and back."
+
+
+def _network_facts(recipe: RunConfig) -> tuple[tuple[str, str], ...]:
+    model, noise = recipe.model, recipe.noise_schedule
+    if not isinstance(model, TinyUNetConfig):
+        base = getattr(model, "base", getattr(model, "autoencoder", ""))
+        return (("Network", f"{model.kind}{f' from {base}' if base else ''}, {recipe.adaptation.kind} training"),)
+    widths = ", ".join(map(str, model.channels))
+    return (
+        ("Network", f"{model.kind}, channels {widths}, self-attention at {sum(model.attention)} of {len(model.channels)} levels"),
+        ("Noise", f"{noise.kind}, {noise.steps} levels, {pixel_objective(recipe).prediction}-prediction"),
+    )
 
 
 def _facts(directory: Path) -> tuple[tuple[str, str], ...]:
@@ -143,11 +167,9 @@ def _facts(directory: Path) -> tuple[tuple[str, str], ...]:
     facts = [("Directory", str(directory))]
     if (directory / "recipe.yaml").exists():
         recipe = load_recipe(directory / "recipe.yaml", ())
-        model, optim, noise = recipe.model, recipe.optim, recipe.noise_schedule
-        widths = ", ".join(map(str, model.channels))
+        optim = recipe.optim
         facts += [
-            ("Network", f"{model.kind}, channels {widths}, self-attention at {sum(model.attention)} of {len(model.channels)} levels"),
-            ("Noise", f"{noise.kind}, {noise.steps} levels, {recipe.objective.prediction}-prediction"),
+            *_network_facts(recipe),
             (
                 "Optimizer",
                 f"{optim.kind}, learning rate {optim.learning_rate:g}, batch {recipe.data.global_batch_size}, EMA {recipe.ema.decay:g}",

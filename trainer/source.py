@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from data_shards.files import content_record, read_json_object
 from trainer.chain import read_chain
 from trainer.checkpoint import read_tensors
-from trainer.config import RunConfig
+from trainer.config import RunConfig, pixel_model, pixel_objective
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.engines.precision import lower_type
 from trainer.hash import tensors_sha256
 from trainer.manifest import Checkpoint, newest_checkpoint
-from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
+from trainer.models.network import network
+from trainer.models.tiny_unet import Denoiser, build_tiny_unet
 
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 TIME_TABLE = "time_proj.weight"
@@ -69,7 +70,7 @@ def load_source(path: Path, steps: int | None = None, *, ema: float | None = Non
 
 def denoiser_on(model: nn.Module, device: torch.device, *, precision: str = "fp32") -> Denoiser:
     """A network as a plain function on `device`, to which it is moved; precision: of its activations, the output is fp32."""
-    predict = denoiser(model.to(device))
+    predict = network(model.to(device))
     lower = lower_type(precision)
     if lower is None:
         return predict
@@ -161,7 +162,7 @@ def _assemble(
     _check_descriptor(path, descriptor, recipe, alpha_bar=alpha_bar)
     # On the meta device no random number is drawn and no memory taken before the weights are there.
     with torch.device("meta"):
-        model = build_tiny_unet(recipe.model, descriptor.image_size, image_channels=descriptor.channels)
+        model = build_tiny_unet(pixel_model(recipe), descriptor.image_size, image_channels=descriptor.channels)
     _check_tensors(path, tensors, model.state_dict())
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return Source(
@@ -185,9 +186,10 @@ def _check_weights(source: Source, wanted: object, *, where: Path) -> None:
 
 def _check_descriptor(path: Path, descriptor: Descriptor, recipe: RunConfig, *, alpha_bar: Float64[Tensor, " T"]) -> None:
     """Raise ValueError if the descriptor does not say what the recipe beside it says."""
-    own_steps = recipe.objective.student_steps if recipe.objective.kind == "progressive_distillation" else len(alpha_bar)
+    objective = pixel_objective(recipe)
+    own_steps = objective.student_steps if objective.kind == "progressive_distillation" else len(alpha_bar)
     wanted = {
-        "prediction_type": (descriptor.prediction_type, recipe.objective.prediction),
+        "prediction_type": (descriptor.prediction_type, objective.prediction),
         "alpha_bar_sha256": (descriptor.alpha_bar_sha256, alpha_bar_sha256(alpha_bar)),
         "step_count": (descriptor.step_count, own_steps),
     }

@@ -12,7 +12,7 @@ from data_shards import ranks
 from trainer.checkpoint import Piece, agree_on_pieces, agreed_checkpoint, load_state
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
-from trainer.descriptor import Descriptor
+from trainer.descriptor import difference
 from trainer.determinism import use_deterministic_kernels
 from trainer.engines.engine import Engine
 from trainer.engines.precision import check_precision
@@ -25,7 +25,8 @@ from trainer.manifest import Checkpoint, ever_committed, sweep_leftovers
 from trainer.numeric import RollBack
 from trainer.options import Options, flag, optional_text
 from trainer.stop import StopRequest
-from trainer.task import Task, build_task
+from trainer.tasks.build import build_task
+from trainer.tasks.task import Task
 from trainer.training_data import TrainingData
 from trainer.watch import Watch
 
@@ -80,7 +81,7 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         )
     start_up = watch.start_up_seconds()
     _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end, start_up_seconds=start_up)
-    return Loop(config, run_dir, data, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
+    return Loop(config, run_dir, [data], task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
 
 
 def build_engine(config: RunConfig, task: Task) -> Engine:
@@ -134,9 +135,9 @@ def restore(engine: Engine, checkpoint: Checkpoint, task: Task, pieces: Sequence
     """Load a verified checkpoint after checking that it was made by the same task. Collective.
 
     Raises: ValueError if it was not."""
-    saved = Descriptor.from_json(checkpoint.manifest.get("descriptor"), where=str(checkpoint.path / "manifest.json"))
-    if saved != task.descriptor:
-        raise ValueError(f"{checkpoint.path} was made with another teacher or schedule: {saved.difference(task.descriptor)}")
+    saved = checkpoint.manifest.get("descriptor")
+    if different := difference(saved if isinstance(saved, dict) else {}, task.descriptor.to_json()):
+        raise ValueError(f"{checkpoint.path} was made with another teacher, base or schedule: {different}")
     load_state(checkpoint, engine.state(), pieces)
     scale = checkpoint.manifest.get("loss_scale")
     engine.restored(scale if isinstance(scale, dict) else {})

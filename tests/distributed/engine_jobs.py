@@ -17,7 +17,8 @@ from trainer.engines.fsdp import FullySharded
 from trainer.engines.replicated import Replicated
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.dropout import use_logical_dropout
-from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser, shard_units
+from trainer.models.network import network as as_function
+from trainer.models.tiny_unet import Denoiser, build_tiny_unet, shard_units
 
 MICRO_BATCHES, IMAGES, SIDE = 4, 2, 16
 # A large eps: where a gradient is rounding noise, as before a group norm, Adam would blow that up to whole steps.
@@ -69,7 +70,7 @@ def use_a_large_frozen_model() -> list[float]:
         held = sum(_local(parameter).numel() for parameter in frozen.parameters())
         assert held == whole if shard_above_gib == 1.0 else held < 0.6 * whole, f"{held} of {whole} weights on rank {ranks.rank()}"
         with torch.no_grad():
-            outputs.append(denoiser(frozen)(x_t, timestep).abs().mean().item())
+            outputs.append(as_function(frozen)(x_t, timestep).abs().mean().item())
     return outputs
 
 

@@ -11,7 +11,7 @@ from data_shards.index import ShardIndex
 from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, read_tensors
 from trainer.config_io import load_recipe
 from trainer.stop import StopRequest
-from trainer.task import build_task
+from trainer.tasks.build import build_task
 from trainer.train import build_engine, restore, train
 from trainer.watch import Watch
 

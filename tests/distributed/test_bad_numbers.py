@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from data_shards import ranks
+from data_shards.reading.sample import MicroBatch
 from launch.run_dir import freeze
 from launch.worker import _exit_code
 from tests.distributed.grid import ENGINES, RECIPE, Grid
@@ -22,13 +23,13 @@ from tests.distributed.jobs import HANG_SECONDS
 from tests.distributed.state import read_state
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
-from trainer.draws import Draws, draw
 from trainer.engines.engine import Engine, NumericError, StepResult
 from trainer.manifest import committed
 from trainer.models.tiny_unet import Denoiser
 from trainer.rng import seed_dropout
 from trainer.stop import StopRequest
-from trainer.task import Task, build_task
+from trainer.tasks.build import build_task
+from trainer.tasks.task import Task, Work
 from trainer.train import build_engine, train
 from trainer.watch import Watch
 
@@ -68,7 +69,7 @@ def train_with_bad_losses(run_dir: str, *, bad: Bad) -> dict[str, object]:
     path = Path(run_dir)
 
     def spoiled_task(config: RunConfig, folder: Path, image_size: int) -> Task:
-        return _spoiled(build_task(config, folder, image_size), config, bad)
+        return _spoiled(build_task(config, folder, image_size), bad)
 
     watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=HANG_SECONDS)
     try:
@@ -123,19 +124,15 @@ def _row_major(tensor: Tensor) -> bytes:
     return local.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _spoiled(task: Task, config: RunConfig, bad: Bad) -> Task:
+def _spoiled(task: Task, bad: Bad) -> Task:
     """The task with losses multiplied in the micro-batches that these draws belong to."""
-    shape = (config.data.micro_batch_size, 3, SIZE, SIZE)
-    factors = {}
-    for place, factor in bad.items():
-        step, index = map(int, place.split("/"))
-        draws = draw(config.seed, step, index, shape=shape, micro_batches=config.micro_batches, stratified=task.stratified)
-        factors[draws.sha256()] = factor
 
-    def objective(model: Denoiser, x_0: Tensor, draws: Draws) -> Tensor:
-        return task.objective(model, x_0, draws) * factors.get(draws.sha256(), 1.0)
+    def micro_batch(batches: Sequence[MicroBatch], step: int, index: int) -> Work:
+        work = task.micro_batch(batches, step, index)
+        factor = bad.get(f"{step}/{index}", 1.0)
+        return dataclasses.replace(work, loss=lambda model: work.loss(model) * factor)
 
-    return dataclasses.replace(task, objective=objective)
+    return dataclasses.replace(task, micro_batch=micro_batch)
 
 
 # Engines.

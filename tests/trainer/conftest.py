@@ -20,6 +20,7 @@ from trainer.config import (
     Sampler,
     TinyUNetConfig,
     TrainConfig,
+    pixel_model,
 )
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
@@ -75,7 +76,7 @@ def _write_run(
         image_size=IMAGE_SIZE,
         channels=3,
     )
-    model = build_tiny_unet(recipe.model, IMAGE_SIZE)
+    model = build_tiny_unet(pixel_model(recipe), IMAGE_SIZE)
     generator = torch.Generator().manual_seed(seed)
     random = {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in model.state_dict().items()}
     shifts = {"model": 0.01, "ema": 0.0, "ema_1": 0.02}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import strict_yaml
-from trainer.config import GivenNoiseSchedule, RunConfig, StepDecayLRSchedule, identity, student_counts
+from trainer.config import GivenNoiseSchedule, RunConfig, StepDecayLRSchedule, identity, pixel_model, student_counts
 from trainer.config_io import RecipeErrors, dump_yaml, json_schema, load_recipe, recipe_path, shipped
 
 LEAST = "data: {shards: shards}\ntrain: {steps: 100}\n"
@@ -32,7 +32,7 @@ def mistakes_of(path: Path, *overrides: str) -> list[str]:
 def test_a_least_recipe_takes_every_other_value_from_the_defaults(tmp_path: Path) -> None:
     config = load_recipe(write(tmp_path, LEAST))
     assert config.train.steps == 100
-    assert config.model.channels == (32, 64, 128, 128)
+    assert pixel_model(config).channels == (32, 64, 128, 128)
     assert config.noise_schedule.kind == "cosine_clamped"
     assert config.distill is None
 
@@ -99,7 +99,7 @@ def test_overrides_win_over_the_file_and_make_missing_sections(tmp_path: Path) -
                                  "model.attention=[false, true]", "model.attention_heads=2"],
     )  # fmt: skip
     assert (config.train.steps, config.optim.learning_rate, config.optim.max_gradient_norm) == (7, 3e-4, None)
-    assert config.model.channels == (8, 16)
+    assert pixel_model(config).channels == (8, 16)
 
 
 def test_another_kind_starts_its_section_anew_wherever_it_stands_among_the_overrides(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from trainer.engines.engine import State, StepResult
 from trainer.engines.precision import check_precision
 from trainer.engines.replicated import Replicated
 from trainer.manifest import Retention, newest_checkpoint
-from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser
+from trainer.models.network import network
+from trainer.models.tiny_unet import Denoiser, build_tiny_unet
 from trainer.save import Saver
 
 # A large eps: where a gradient is rounding noise, as before a group norm, Adam would blow that up to whole steps.
@@ -82,7 +83,7 @@ def _plain_loop(model: nn.Module, steps: int) -> dict[str, Tensor]:
     for step in range(steps):
         optimizer.zero_grad()
         for loss in _losses(step):
-            (loss(denoiser(model)).mean() / 2).backward()
+            (loss(network(model)).mean() / 2).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         for mean, weight in zip(average.parameters(), model.parameters(), strict=True):

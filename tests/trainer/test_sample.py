@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from trainer.models.tiny_unet import denoiser
+from trainer.models.network import network
 from trainer.sample import draw_grid, draw_images, draw_on_ranks, grid_image, sample_job, sampling_timesteps, to_uint8
 from trainer.source import load_source
 
@@ -59,7 +59,7 @@ def test_bytes_are_rounded_as_stock_pipelines_round_them() -> None:
 
 def test_one_rank_draws_all_images_of_a_grid(write_run: WriteRun, tmp_path: Path) -> None:
     source = load_source(write_run(tmp_path / "run", student_steps=2))
-    predict = denoiser(source.model)
+    predict = network(source.model)
     assert torch.equal(draw_on_ranks(predict, source, steps=2, seed=0, count=3), draw_images(source, steps=2, seed=0, count=3))
     assert draw_grid(predict, source, images=3, steps=50, seed=0).size == (2 * 128 + 8, 2 * 128 + 8)
 

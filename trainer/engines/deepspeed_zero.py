@@ -19,7 +19,7 @@ from trainer.engines.engine import LossPerImage, Outcome, State, StepResult
 from trainer.engines.local_state import LocalState
 from trainer.engines.precision import autocast, evaluation
 from trainer.engines.zero_partitions import ZeroOptimizer, partitions, places, publish
-from trainer.models.tiny_unet import Denoiser, denoiser
+from trainer.models.network import Network, network
 from trainer.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class DeepSpeedZero:
         self.local = LocalState(
             weights, places(module, self.zero, stage=stage), optimizer=optimizer, optim=optim, ema=ema, precision=precision
         )
-        self.denoiser = denoiser(self.deepspeed)
+        self.network = network(self.deepspeed)
 
     def step(
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
@@ -139,20 +139,20 @@ class DeepSpeedZero:
         """See Engine.loss_scale."""
         return self.local.scale.to_json()
 
-    def raw(self) -> Denoiser:
+    def raw(self) -> Network:
         """See Engine.raw."""
-        return evaluation(self.module, denoiser(self.module), self.precision)
+        return evaluation(self.module, network(self.module), self.precision)
 
     @contextmanager
-    def averaged(self) -> Iterator[Denoiser]:
+    def averaged(self) -> Iterator[Network]:
         """See Engine.averaged."""
         with self.local.averaged():
             publish(self.zero, stage=self.stage)
             yield self.raw()
         publish(self.zero, stage=self.stage)
 
-    def _predict(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        return self.denoiser(x_t.contiguous(memory_format=self.memory_format), timestep)
+    def _predict(self, x_t: Tensor, *others: object) -> Tensor:
+        return self.network(x_t.contiguous(memory_format=self.memory_format), *others)
 
     def _guarded_update(self) -> None:
         """The optimizer's own update, on clipped gradients, unless the step was judged bad."""

@@ -9,10 +9,10 @@ from typing import Literal, Protocol, final
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.models.tiny_unet import Denoiser
+from trainer.models.network import Network
 
-LossPerImage = Callable[[Denoiser], Float[Tensor, " b"]]
-"""The loss of one micro-batch, each image's own, of the denoiser that it is given."""
+LossPerImage = Callable[[Network], Float[Tensor, " b"]]
+"""The loss of one micro-batch, each image's own, of the network that it is given."""
 
 Outcome = Literal["applied", "bad", "overflow"]
 """applied: weights and averages have moved; bad: a number was not finite or the loss above its limit, nothing has changed;
@@ -84,11 +84,11 @@ class Engine(Protocol):
         """fp16's loss scale and its counter, for the checkpoint; empty otherwise."""
         ...
 
-    def raw(self) -> Denoiser:
+    def raw(self) -> Network:
         """The model as trained, in evaluation mode and without gradient; for drawing samples. Every call of it is collective."""
         ...
 
-    def averaged(self) -> AbstractContextManager[Denoiser]:
+    def averaged(self) -> AbstractContextManager[Network]:
         """The same with the (first) averaged weights, for as long as the context lasts."""
         ...
 

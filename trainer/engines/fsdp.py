@@ -15,7 +15,7 @@ from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
 from trainer.engines.precision import autocast, evaluation, lower_type
-from trainer.models.tiny_unet import Denoiser, denoiser
+from trainer.models.network import Network, network
 from trainer.optim import build_optimizer
 
 
@@ -59,7 +59,7 @@ class FullySharded:
         self.local = LocalState(
             self.weights, places, optimizer=build_optimizer(optim, self.weights), optim=optim, ema=ema, precision=precision
         )
-        self.denoiser = _in_format(denoiser(module), memory_format)
+        self.network = _in_format(network(module), memory_format)
 
     def step(
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
@@ -70,7 +70,7 @@ class FullySharded:
         share = self.local.scale.value * ranks.world_size() / self.micro_batches
         for index, loss_per_image in zip(ranks.share(self.micro_batches), losses, strict=True):
             with autocast(self.precision):
-                loss = loss_per_image(self.denoiser).mean()
+                loss = loss_per_image(self.network).mean()
             (loss * share).backward()
             sums[index] = loss.detach()
         for weight, parameter in zip(self.weights, self.parameters, strict=True):
@@ -100,12 +100,12 @@ class FullySharded:
         """See Engine.loss_scale."""
         return self.local.scale.to_json()
 
-    def raw(self) -> Denoiser:
+    def raw(self) -> Network:
         """See Engine.raw."""
-        return evaluation(self.module, self.denoiser, self.precision)
+        return evaluation(self.module, self.network, self.precision)
 
     @contextmanager
-    def averaged(self) -> Iterator[Denoiser]:
+    def averaged(self) -> Iterator[Network]:
         """See Engine.averaged."""
         with self.local.averaged():
             yield self.raw()
@@ -142,8 +142,8 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach()
 
 
-def _in_format(predict: Denoiser, memory_format: str) -> Denoiser:
+def _in_format(predict: Network, memory_format: str) -> Network:
     """Shards are always contiguous; convolutions follow the format of their input."""
     if memory_format == "contiguous":
         return predict
-    return lambda x_t, timestep: predict(x_t.contiguous(memory_format=torch.channels_last), timestep)
+    return lambda x_t, *others: predict(x_t.contiguous(memory_format=torch.channels_last), *others)

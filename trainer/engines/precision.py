@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from data_shards import ranks
-from trainer.models.tiny_unet import Denoiser
+from trainer.models.network import Network
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,14 +21,14 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast(ranks.device().type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def evaluation(module: nn.Module, predict: Denoiser, precision: str) -> Denoiser:
+def evaluation(module: nn.Module, predict: Network, precision: str) -> Network:
     """A network that is being trained as a function without gradient: in evaluation mode while it computes; the output is fp32."""
 
-    def evaluate(x_t: Tensor, timestep: Tensor) -> Tensor:
+    def evaluate(*inputs: object) -> Tensor:
         module.eval()
         # Weights that a sharded engine gathers in inference mode could not take part in training later.
         with torch.inference_mode(False), torch.no_grad(), autocast(precision):
-            prediction = predict(x_t.clone(), timestep.clone())
+            prediction = predict(*tree_map_only(Tensor, Tensor.clone, inputs))
         module.train()
         return prediction.float()
 

@@ -12,7 +12,7 @@ from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
 from trainer.engines.precision import autocast, evaluation
-from trainer.models.tiny_unet import Denoiser, denoiser
+from trainer.models.network import Network, network
 from trainer.optim import build_optimizer
 
 _ALIGNMENT = 16  # floats: 64 bytes, a cache line and what vector kernels like
@@ -60,7 +60,7 @@ class Replicated:
         )
         if compile:
             module.compile()
-        self.denoiser = denoiser(module)
+        self.network = network(module)
 
     def step(
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
@@ -70,7 +70,7 @@ class Replicated:
         share = self.local.scale.value / self.micro_batches
         for index, loss_per_image in zip(ranks.share(self.micro_batches), losses, strict=True):
             with autocast(self.precision):
-                loss = loss_per_image(self.denoiser).mean()
+                loss = loss_per_image(self.network).mean()
             (loss * share).backward()
             self.tail[index] = loss.detach()
         self.tail[self.micro_batches :] = torch.tensor(votes)
@@ -96,12 +96,12 @@ class Replicated:
         """See Engine.loss_scale."""
         return self.local.scale.to_json()
 
-    def raw(self) -> Denoiser:
+    def raw(self) -> Network:
         """See Engine.raw."""
-        return evaluation(self.module, denoiser(self.module), self.precision)
+        return evaluation(self.module, network(self.module), self.precision)
 
     @contextmanager
-    def averaged(self) -> Iterator[Denoiser]:
+    def averaged(self) -> Iterator[Network]:
         """See Engine.averaged."""
         with self.local.averaged():
             yield self.raw()

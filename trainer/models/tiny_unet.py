@@ -47,11 +47,6 @@ def head_width(model: TinyUNetConfig) -> int:
     return max(attended, default=model.channels[-1]) // model.attention_heads
 
 
-def denoiser(model: nn.Module) -> Denoiser:
-    """The model as a plain function (x_t, timestep) -> prediction; timestep is the original one, as float."""
-    return lambda x_t, timestep: model(x_t, timestep).sample
-
-
 def shard_units(model: UNet2DModel) -> tuple[nn.Module, ...]:
     """The parts whose weights a sharded engine gathers together, in the order of the forward pass; the rest is one more."""
     assert model.mid_block is not None, "a U-Net has a middle block unless its configuration takes it away"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.config import TinyUNetConfig
+from trainer.config import TinyUNetConfig, pixel_model
 from trainer.config_io import load_recipe, recipe_path
 from trainer.models.flops import forward_flops, peak_flops
 from trainer.models.tiny_unet import build_tiny_unet
@@ -47,7 +47,7 @@ def test_one_layer_costs_two_operations_a_multiply_add(layer: type[nn.Module], f
 
 
 def test_the_demos_network_is_counted_at_once_and_without_a_random_number() -> None:
-    model, state = load_recipe(recipe_path("demo"), []).model, torch.get_rng_state()
+    model, state = pixel_model(load_recipe(recipe_path("demo"), [])), torch.get_rng_state()
     started = time.process_time()
     flops = forward_flops(lambda: build_tiny_unet(model, 32), image_shape=(3, 32, 32))
     assert time.process_time() - started < 1.0

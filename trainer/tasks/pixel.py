@@ -1,4 +1,4 @@
-"""What a recipe says is to be learnt: a network, its objective on a noise schedule, and what its samples mean."""
+"""Pixel models: teachers that denoise, and students that halve their steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,64 +7,63 @@ from typing import final
 
 from diffusers.models.unets.unet_2d import UNet2DModel
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_shards import ranks
-from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig
+from data_shards.reading.sample import MicroBatch
+from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig, TinyUNetConfig, pixel_objective
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
-from trainer.draws import Draws
+from trainer.draws import Draws, draw
 from trainer.engines.frozen import place_frozen
 from trainer.engines.precision import lower_type
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.attention import Kernels, use_attention
 from trainer.models.dropout import use_logical_dropout
+from trainer.models.encode import encode_pixels
 from trainer.models.flops import forward_flops
-from trainer.models.tiny_unet import Denoiser, build_tiny_unet, denoiser, shard_units
+from trainer.models.network import network
+from trainer.models.tiny_unet import Denoiser, build_tiny_unet, shard_units
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss
 from trainer.rng import seed_weights
+from trainer.sample import draw_grid
 from trainer.source import load_source
 from trainer.stages import grid as sampling_levels
 from trainer.stages import halve
+from trainer.tasks.task import Task, Work
 
 Objective = Callable[[Denoiser, Tensor, Draws], Tensor]
 """(denoiser, x_0, draws) -> loss per image."""
 
+GRID_SEED = 0
+"""Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
 # A backward pass is two forwards' worth of operations; the halving target is two forwards of the teacher.
 _TRAINED_FORWARDS, _TEACHER_FORWARDS = 3, 2
 
 
 @final
 @dataclass(frozen=True)
-class Task:
-    """A network to train and all that its objective needs."""
+class Levels:
+    """On which noise levels a network draws."""
 
-    module: nn.Module
-    units: tuple[nn.Module, ...]
-    """What a sharded engine gathers at a time."""
-    objective: Objective
-    alpha_bar: Float64[Tensor, " T"]
     descriptor: Descriptor
-    stratified: bool
-    attention: Kernels
-    flops_per_image: int
-    """Of one training step, teacher included; activations computed again do not count."""
+    alpha_bar: Float64[Tensor, " T"]
 
 
-def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
+def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, image_size: int) -> Task:
     """Join model, objective and noise schedule. Collective where a large teacher is shared among the ranks.
 
     Raises: ValueError where they do not fit each other or the teacher."""
     seed_weights(config.seed)
     alpha_bar = build_alpha_bar(config.noise_schedule).to(ranks.device())
-    module = build_tiny_unet(config.model, image_size)
+    module = build_tiny_unet(model, image_size)
     use_logical_dropout(module)
     attention = _set_up(module, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(module)
     forwards = _TRAINED_FORWARDS
-    match config.objective:
+    match chosen := pixel_objective(config):
         case DenoisingConfig() as objective:
             timesteps, teacher_sha256, sampler = tuple(range(len(alpha_bar))), None, "ddim"
             loss = _denoising(objective, alpha_bar)
@@ -76,10 +75,10 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
             timesteps, teacher_sha256, sampler = halve(levels), teacher.weights_sha256, objective.sampler
             _set_up(teacher.model, config)
             frozen = place_frozen(teacher.model, shard_units(teacher.model), shard_above_gib=config.engine.shard_frozen_above_gib)
-            loss = _halving(objective, denoiser(frozen), HalvingGrid.build(alpha_bar, levels, device=ranks.device()))
+            loss = _halving(objective, network(frozen), HalvingGrid.build(alpha_bar, levels, device=ranks.device()))
             forwards += _TEACHER_FORWARDS
     descriptor = Descriptor(
-        prediction_type=config.objective.prediction,
+        prediction_type=chosen.prediction,
         alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
         timesteps=timesteps,
         clip=True,
@@ -90,17 +89,33 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int) -> Task:
         image_size=image_size,
         channels=3,
     )
-    flops = forward_flops(lambda: build_tiny_unet(config.model, image_size), image_shape=(3, image_size, image_size))
+    flops = forward_flops(lambda: build_tiny_unet(model, image_size), image_shape=(3, image_size, image_size))
+    logs, levels_drawn = config.logging, Levels(descriptor, alpha_bar)
     return Task(
         module=module,
         units=shard_units(module),
-        objective=loss,
-        alpha_bar=alpha_bar,
+        micro_batch=lambda batches, step, index: _micro_batch(config, loss, batches[0], step, index, stratified=chosen.stratified),
+        draw=lambda predict: draw_grid(predict, levels_drawn, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED),
         descriptor=descriptor,
-        stratified=config.objective.stratified,
         attention=attention,
         flops_per_image=forwards * flops,
     )
+
+
+def _micro_batch(config: RunConfig, objective: Objective, batch: MicroBatch, step: int, index: int, *, stratified: bool) -> Work:
+    count, channels, height, width = batch.images.shape
+    draws = draw(
+        config.seed,
+        step,
+        index,
+        shape=(count, channels, height, width),
+        micro_batches=config.micro_batches,
+        stratified=stratified,
+    )
+    device = ranks.device()
+    flips = draws.flips.to(device) if config.data.horizontal_flip else None
+    x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips, memory_format=config.train.memory_format)
+    return Work(lambda model: objective(model, x_0, draws), draws.sha256())
 
 
 def _set_up(model: UNet2DModel, config: RunConfig) -> Kernels:

@@ -1,0 +1,78 @@
+"""Mistakes of a recipe that several sections make together, where latent models are concerned. Free of torch."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trainer.config_latent import (
+    AutoencoderConfig,
+    LatentBaseConfig,
+    LatentDenoisingConfig,
+    LoraAdaptation,
+    StableDiffusionConfig,
+)
+from trainer.config_sections import Problem, TinyUNetConfig
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+_OBJECTIVES = {"tiny_unet": ("denoising", "progressive_distillation"), "autoencoder": ("autoencoding",)}
+
+
+def latent_problems(config: "RunConfig") -> Iterator[Problem]:
+    """Model, objective, adaptation and data that do not go together."""
+    model, objective = config.model, config.objective
+    fitting = _OBJECTIVES.get(model.kind, ("latent_denoising",))
+    if objective.kind not in fitting:
+        text = f"{objective.kind} does not go with model.kind={model.kind}; set objective.kind={fitting[0]}"
+        yield Problem(("objective.kind", "model.kind"), text)
+    from_scratch = isinstance(model, TinyUNetConfig | AutoencoderConfig | LatentBaseConfig)
+    if from_scratch and config.noise_schedule.kind == "base":
+        yield Problem(("noise_schedule.kind", "model.kind"), f"{model.kind} has no base; set noise_schedule.kind=scaled_linear")
+    if not from_scratch and config.noise_schedule.kind != "base":
+        text = f"the noise levels of a base are its own, not {config.noise_schedule.kind}"
+        yield Problem(("noise_schedule.kind", "model.kind"), f"{text}; set noise_schedule.kind=base")
+    if isinstance(config.adaptation, LoraAdaptation) and from_scratch:
+        yield Problem(("adaptation.kind", "model.kind"), f"{model.kind} has no base to adapt; set adaptation.kind=full")
+    if config.dreambooth is not None and not isinstance(model, StableDiffusionConfig):
+        yield Problem(("dreambooth", "model.kind"), "DreamBooth here is of Stable Diffusion; set dreambooth=null")
+    if config.distill is not None and not isinstance(model, TinyUNetConfig):
+        yield Problem(("distill", "model.kind"), f"halvings are of pixel models, not of {model.kind}; leave the distill section out")
+    if isinstance(objective, LatentDenoisingConfig):
+        yield from _objective_problems(config, objective)
+    yield from _stored_problems(config)
+    if model.kind == "kandinsky22_prior" and config.train.memory_format == "channels_last":
+        text = "a prior's latents have no height and width"
+        yield Problem(("train.memory_format", "model.kind"), f"{text}; set train.memory_format=contiguous")
+
+
+def _objective_problems(config: "RunConfig", objective: LatentDenoisingConfig) -> Iterator[Problem]:
+    model = config.model
+    if objective.inpainting is not None and not isinstance(model, StableDiffusionConfig):
+        yield Problem(("objective.inpainting", "model.kind"), f"{model.kind} cannot fill masks; set model.kind=stable_diffusion")
+    if model.kind == "kandinsky22_decoder" and objective.caption_dropout:
+        text = "Kandinsky's decoder is told an image, no caption"
+        yield Problem(("objective.caption_dropout", "model.kind"), f"{text}; set objective.caption_dropout=0")
+    if model.kind == "wuerstchen_prior" and objective.prediction not in ("base", "eps"):
+        yield Problem(("objective.prediction", "model.kind"), "Wuerstchen's prior predicts eps; set objective.prediction=base")
+    if model.kind == "wuerstchen_prior" and objective.zero_terminal_snr:
+        yield Problem(
+            ("objective.zero_terminal_snr", "model.kind"), "Wuerstchen's noise is continuous; set objective.zero_terminal_snr=false"
+        )
+
+
+def _stored_problems(config: "RunConfig") -> Iterator[Problem]:
+    """What stored latents and text states cannot do."""
+    model, data = config.model, config.data
+    if getattr(model, "latents", "encode") == "stored":
+        if data.horizontal_flip:
+            text = "stored latents cannot be mirrored"
+            yield Problem(("data.horizontal_flip", "model.latents"), f"{text}; set data.horizontal_flip=false or model.latents=encode")
+        if data.image_size is not None:
+            text = f"stored latents keep their size, so {data.image_size} has no effect"
+            yield Problem(("data.image_size", "model.latents"), f"{text}; set data.image_size=null or model.latents=encode")
+        if isinstance(config.objective, LatentDenoisingConfig) and config.objective.inpainting is not None:
+            text = "the masked image has to be encoded in every step"
+            yield Problem(("model.latents", "objective.inpainting"), f"{text}; set model.latents=encode")
+    if getattr(model, "text", "encode") == "stored" and config.dreambooth is not None:
+        text = "DreamBooth's prompts are encoded in every step"
+        yield Problem(("model.text", "dreambooth"), f"{text}; set model.text=encode")

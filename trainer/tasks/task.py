@@ -1,0 +1,51 @@
+"""What the loop asks of a task: a network, its loss on a micro-batch, its pictures, and what its weights mean."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from PIL import Image
+from torch import nn
+
+from data_shards.reading.sample import MicroBatch
+from trainer.engines.engine import LossPerImage
+from trainer.models.attention import Kernels
+from trainer.models.network import Network
+
+
+class Meaning(Protocol):
+    """What weights mean, as manifests hold it; a resume with another meaning is refused."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values by name."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch ready for the network."""
+
+    loss: LossPerImage
+    draws_sha256: str
+    """Of its noise and times, for the ledger."""
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """A network to train and all that is asked of it."""
+
+    module: nn.Module
+    units: tuple[nn.Module, ...]
+    """What a sharded engine gathers at a time, in the order of the forward pass."""
+    micro_batch: Callable[[Sequence[MicroBatch], int, int], Work]
+    """(batches, step, index) -> their work, of one micro-batch from each data set; all that is random follows from (seed, step, index)."""
+    draw: Callable[[Network], Image.Image]
+    """What a network draws from fixed noise; all ranks together. Collective."""
+    descriptor: Meaning
+    attention: Kernels
+    flops_per_image: int
+    """Of one training step, teacher and frozen encoders included; activations computed again do not count."""
+    facts: Callable[[], Mapping[str, object]] = dict
+    """More for a checkpoint's manifest."""
