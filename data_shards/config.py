@@ -5,7 +5,7 @@ from typing import Literal
 
 OnBadSample = Literal["raise", "skip"]
 ImageFormat = Literal["png", "webp", "jpg"]
-Field = str  # image, caption, attributes, or the extension of a tensor: latents.npy
+Field = str  # image, caption, attributes, mask.png, or the extension of a tensor: latents.npy
 
 INDEX_NAME = "index.json"
 INDEX_SCHEMA_VERSION = 2
@@ -19,6 +19,7 @@ ATTRIBUTES_EXTENSION = "json"
 IMAGE_FORMATS: dict[str, str] = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
 ORIGINAL_CAPTION_EXTENSION = "original.txt"  # what stood in .txt before a captioner wrote there
 TENSOR_EXTENSION = "npy"
+MASK_EXTENSION = "mask.png"  # of its image's size; white: to be painted, black: to be kept
 # A member is KEY.EXTENSION or KEY.NAME.EXTENSION, with one of these last: latents.npy, original.txt
 ALLOWED_EXTENSIONS: tuple[str, ...] = (*IMAGE_FORMATS, CAPTION_EXTENSION, ATTRIBUTES_EXTENSION, TENSOR_EXTENSION)
 

@@ -96,6 +96,43 @@ def plain_image(image: Image.Image) -> Image.Image:
     return plain
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image at 8 bits; Pillow's own conversion would turn all above 255 white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.point(lambda value: value * (1 / 256)).convert("L")
+
+
+def mask_image(image: Image.Image) -> Image.Image:
+    """A mask in grey with nothing between: 255 where it is 128 or more, which is to be painted, and 0 elsewhere.
+
+    Raises: ValueError if it is transparent somewhere, which some mean by painted and some by kept, or holds labels 0 and 1.
+    """
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise ValueError("it is partly transparent, wanted white where it is to be painted, on black")
+    grey = eight_bits(image).convert("L")
+    if grey.getextrema()[1] == 1:
+        raise ValueError("its brightest grey is 1 of 255, wanted 255 where it is to be painted")
+    return grey.point([0] * 128 + [255] * 128)
+
+
+def mask_pixels(content: bytes, *, size: tuple[int, int]) -> bytes:
+    """The bytes, row by row, of an encoded mask as `mask_image` makes it; size: (width, height) of its image.
+
+    Raises: DecodeError if it is no PNG, not of this size, damaged, or can't be told from its opposite.
+    """
+    try:
+        _check_cost(content, "png", size)
+        image = PngImageFile(io.BytesIO(content))
+        if image.size != size:
+            raise DecodeError(f"the mask is {image.width} x {image.height} pixels, its image {size[0]} x {size[1]}")
+        return mask_image(image).tobytes()
+    except DecodeError:
+        raise
+    except IMAGE_ERRORS as error:
+        raise DecodeError(f"the .mask.png can't be used: {error or type(error).__name__}") from None
+
+
 def encode_image(image: Image.Image, image_format: ImageFormat) -> bytes:
     """Bytes of an RGB image: png and webp without loss, jpg at quality 95 without chroma subsampling."""
     file = io.BytesIO()

@@ -49,7 +49,10 @@ class LatentEncoder:
 
     def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:
         """images: 0 .. 255. Of an AutoencoderKL mean and log variance, one after the other on c; not multiplied by scaling_factor."""
-        pixels = images.to(self._device, torch.float32).mul_(2 / 255).sub_(1)
+        return self.encode_scaled(images.to(self._device, torch.float32).mul_(2 / 255).sub_(1))
+
+    def encode_scaled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:
+        """The same of pixels in [-1, 1] on its device, such as images whose masked part is grey."""
         with torch.no_grad(), autocast(self._device, self._precision):
             match self._vae:
                 case AutoencoderKL():

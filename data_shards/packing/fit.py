@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, final
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from data_shards.config import IMAGE_FORMATS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFormat
-from data_shards.images import IMAGE_ERRORS, encode_image, plain_image
+from data_shards.images import IMAGE_ERRORS, eight_bits, encode_image, mask_image, plain_image
 
 PackFormat = Literal["png", "webp", "jpg", "keep"]
 Crop = Literal["centre", "none"]
@@ -21,6 +21,7 @@ UNFIT = (Image.DecompressionBombWarning, *IMAGE_ERRORS)
 # a JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 that is 3 x what is wanted: leaves Lanczos enough to work on
 DRAFT_FACTOR = 3
 _EXIF_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
 # how Pillow names a file -> how we would write it again; MPO is a JPEG with more pictures behind the first
 _OWN_FORMATS: dict[str, ImageFormat] = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg", "MPO": "jpg"}
 
@@ -124,6 +125,31 @@ def fit_image(image: ImageFile.ImageFile, fit: Fit, content: bytes) -> Fitted:
     return Fitted(extension, encode_image(pixels, extension), pixels)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened image once it is turned upright."""
+    turned = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    return (image.height, image.width) if turned in _ON_ITS_SIDE else image.size
+
+
+def fit_mask(content: bytes, fit: Fit, *, image_size: tuple[int, int]) -> bytes:
+    """A mask as a black and white PNG, cropped and scaled like its image, which was upright of this size.
+
+    Raises: one of UNFIT if it can't be decoded, is of another size, or can't be told from its opposite.
+    """
+    with open_image(content) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.size != image_size:
+            raise ValueError(
+                f"its mask is {upright.width} x {upright.height} pixels, wanted {image_size[0]} x {image_size[1]} as the image"
+            )
+        file = io.BytesIO()
+        try:
+            _brought(mask_image(upright), image_size, fit, Image.Resampling.NEAREST).save(file, format="PNG")
+        except ValueError as error:
+            raise ValueError(f"its mask: {error}") from None
+    return file.getvalue()
+
+
 def fit_drawn(image: Image.Image, fit: Fit) -> Fitted:
     """An RGB image that a source drew at the wanted size."""
     extension: ImageFormat = "png" if fit.image_format == "keep" else fit.image_format
@@ -139,24 +165,25 @@ def pixels_sha256(image: Image.Image) -> str:
 
 def _fitted_pixels(image: ImageFile.ImageFile, fit: Fit) -> Image.Image:
     """Upright RGB pixels, cropped and scaled."""
-    shorter = min(image.size)
-    longer = max(image.size)
-    side = fit.size or min(shorter, fit.max_size or shorter)
+    size, side = image.size, _side(image.size, fit)
     image.draft("RGB", (DRAFT_FACTOR * side, DRAFT_FACTOR * side))
-    upright = plain_image(_eight_bits(image))
+    return _brought(plain_image(eight_bits(image)), size, fit, Image.Resampling.LANCZOS)
+
+
+def _side(size: tuple[int, int], fit: Fit) -> int:
+    """Of the shorter side, in pixels, what it is brought to."""
+    return fit.size or min(*size, fit.max_size or min(size))
+
+
+def _brought(upright: Image.Image, size: tuple[int, int], fit: Fit, resampling: Image.Resampling) -> Image.Image:
+    """An upright picture cropped and scaled; size: of the image before it was turned or drafted."""
+    side = _side(size, fit)
     if fit.crop == "centre":
         square = min(upright.size)
         left, top = (upright.width - square) // 2, (upright.height - square) // 2
         upright = upright.crop((left, top, left + square, top + square))
         wanted = (side, side)
     else:
-        other = max(1, round(longer * side / shorter))
+        other = max(1, round(max(size) * side / min(size)))
         wanted = (side, other) if upright.width <= upright.height else (other, side)
-    return upright if upright.size == wanted else upright.resize(wanted, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image at 8 bits; Pillow's own conversion would turn all above 255 white."""
-    if not image.mode.startswith("I"):
-        return image
-    return image.point(lambda value: value * (1 / 256)).convert("L")
+    return upright if upright.size == wanted else upright.resize(wanted, resampling, reducing_gap=3.0)

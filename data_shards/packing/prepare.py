@@ -5,9 +5,16 @@ import json
 from dataclasses import dataclass
 from typing import Literal, final
 
-from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, MAX_ATTRIBUTES_BYTES, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
+from data_shards.config import (
+    ATTRIBUTES_EXTENSION,
+    CAPTION_EXTENSION,
+    MASK_EXTENSION,
+    MAX_ATTRIBUTES_BYTES,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+)
 from data_shards.packing.filters import DropReason, Filters
-from data_shards.packing.fit import UNFIT, Fit, Fitted, fit_drawn, fit_image, open_image, pixels_sha256
+from data_shards.packing.fit import UNFIT, Fit, Fitted, fit_drawn, fit_image, fit_mask, open_image, pixels_sha256, upright_size
 from data_shards.packing.write import Block, block
 from data_shards.sources.rows import Row, UnreadableRow
 
@@ -46,7 +53,7 @@ def prepared(row: Row | UnreadableRow, how: Preparation) -> Prepared | DropReaso
         fitted = _fitted(row, how)
         if not isinstance(fitted, Fitted):
             return fitted
-        blocks = _blocks(row, fitted)
+        blocks = _blocks(row, fitted, _mask(row, how.fit))
     except UNFIT as error:
         return UnreadableRow(row.key, f"can't be decoded ({str(error) or type(error).__name__})", row.where)
     match how.dedupe:
@@ -66,10 +73,21 @@ def _fitted(row: Row, how: Preparation) -> Fitted | DropReason:
         return how.filters.size_reason(*image.size) or fit_image(image, how.fit, row.image)
 
 
-def _blocks(row: Row, fitted: Fitted) -> tuple[Block, ...]:
-    """The members: the image, the caption if there is one, and always the attributes. Raises: ValueError if one is too long."""
+def _mask(row: Row, fit: Fit) -> bytes | None:
+    if row.mask is None:
+        return None
+    if not isinstance(row.image, bytes):
+        return fit_mask(row.mask, fit, image_size=row.image.size)
+    with open_image(row.image) as image:
+        return fit_mask(row.mask, fit, image_size=upright_size(image))
+
+
+def _blocks(row: Row, fitted: Fitted, mask: bytes | None) -> tuple[Block, ...]:
+    """The members: the image, mask and caption if there are any, and always the attributes. Raises: ValueError if one is too long."""
     texts: dict[str, object] = {**row.extra, "attributes": dict(row.attributes)}
     members: list[tuple[str, bytes, int]] = [(fitted.extension, fitted.content, MAX_IMAGE_BYTES)]
+    if mask is not None:
+        members.append((MASK_EXTENSION, mask, MAX_IMAGE_BYTES))
     if row.caption is not None:
         members.append((CAPTION_EXTENSION, row.caption.encode(), MAX_CAPTION_BYTES))
         texts["caption"] = row.caption

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_shards.config import MAX_REPLACEMENTS, TENSOR_EXTENSION, Field, OnBadSample
+from data_shards.config import MASK_EXTENSION, MAX_REPLACEMENTS, TENSOR_EXTENSION, Field, OnBadSample
 from data_shards.images import DecodeError
 from data_shards.index import ShardIndex
 from data_shards.reading.lines import Place
@@ -36,8 +36,8 @@ class MicroBatches(Dataset[MicroBatch]):
     """Micro-batch (step, index) of a plan, for any step and index: `batches[step, index]`.
 
     indexes: the data sets that the plan was made for. on_bad_sample: "raise" ends with the sample's name; "skip" puts in another one by
-    the plan's rule and reports it. fields: "image", "caption", "attributes", or a tensor's extension. sizes: width and height in pixels
-    that the images of each of the plan's buckets are brought to; None leaves them as they are stored.
+    the plan's rule and reports it. fields: "image", "caption", "attributes", "mask.png", or a tensor's extension. sizes: width and
+    height in pixels that the images of each of the plan's buckets are brought to; None leaves them as they are stored.
     Raises: BadSampleError; FetchError if a remote store can't be reached; ValueError if plan and indexes differ.
     """
 
@@ -204,11 +204,14 @@ class _Parts(NamedTuple):
 
 
 def _parts(reader: SampleReader, fields: Sequence[Field]) -> _Parts:
-    tensors = tuple(name for name in fields if name.endswith(TENSOR_EXTENSION))
+    tensors = tuple(name for name in fields if name.endswith(TENSOR_EXTENSION) or name == MASK_EXTENSION)
     missing = [name for name in tensors if not all(name in shard.members for shard in reader.shards)]
     if missing:
         roots = ", ".join(str(index.root) for index in reader.indexes)
-        raise ValueError(f"{roots}: holds no {missing[0]}; make it with `halfstep shards encode`")
+        mend = (
+            "pack images that have a NAME.mask.png beside them" if missing[0] == MASK_EXTENSION else "make it with `halfstep shards encode`"
+        )
+        raise ValueError(f"{roots}: holds no {missing[0]}; {mend}")
     return _Parts(
         "image" in fields,
         reader.caption if "caption" in fields else None,
@@ -232,7 +235,7 @@ def _batch(
         keys=tuple([keys[shard][position] for shard, position in places]),
         captions=tuple([parts.caption(*place) for place in places]) if parts.caption is not None else (),
         attributes=tuple([parts.attributes(*place) for place in places]) if parts.attributes is not None else (),
-        tensors={name: reader.tensors(places, name) for name in parts.tensors},
+        tensors={name: reader.masks(places, size) if name == MASK_EXTENSION else reader.tensors(places, name) for name in parts.tensors},
         replaced=replaced,
     )
 

@@ -43,7 +43,8 @@ class MicroBatch:
     """One micro-batch as it was delivered.
 
     images: 0 .. 255; keys: of the samples really delivered; captions: None where a sample has none; tensors: by extension, such as
-    latents.npy; replaced: bad samples that others stand in for. What the reader was not asked for is empty: images of 0 x 0 pixels.
+    latents.npy, and mask.png as UInt8 [b, 1, h, w] of 0 (kept) and 1 (to be painted); replaced: bad samples that others stand in for.
+    What the reader was not asked for is empty: images of 0 x 0 pixels.
     """
 
     images: UInt8[Tensor, "b c h w"]

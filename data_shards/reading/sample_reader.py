@@ -10,10 +10,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, IMAGE_FORMATS
-from data_shards.images import DecodeError, image_pixels, scaled_pixels
+from data_shards.config import ATTRIBUTES_EXTENSION, CAPTION_EXTENSION, IMAGE_FORMATS, MASK_EXTENSION
+from data_shards.images import DecodeError, image_pixels, mask_pixels, scaled_pixels
 from data_shards.index import Members, Shard, ShardIndex
-from data_shards.reading.decode import attribute_strings, caption_text, fitted_images, images_tensor, tensor_of
+from data_shards.reading.decode import attribute_strings, caption_text, fitted_images, fitted_masks, images_tensor, tensor_of
 from data_shards.reading.lines import Place
 from data_shards.reading.sample import BadSample
 from data_shards.remote.retry import WrongContentError
@@ -107,6 +107,23 @@ class SampleReader:
         found = zip(encoded, sizes, strict=True)
         scaled = [scaled_pixels(content, extension, size=stored, least=size) for (content, extension), stored in found]
         return fitted_images(scaled, size=size, memory=memory)
+
+    def masks(self, places: Sequence[Place], size: tuple[int, int] | None = None) -> UInt8[Tensor, "b 1 h w"]:
+        """Each sample's mask, brought to what `images` brings its image to; 1: to be painted, 0: kept.
+
+        Raises: as images; DecodeError if a sample has none or one of another size than its image.
+        """
+        if size is None:
+            side = self.indexes[0].side()
+            size = (side, side)
+        found: list[tuple[bytes, tuple[int, int]]] = []
+        for shard, position in places:
+            content = self.content(shard, position, MASK_EXTENSION)
+            if content is None:
+                raise DecodeError(f"it has no {MASK_EXTENSION}")
+            stored = self._index_of[shard].size_at(self.shards[shard], position)
+            found.append((mask_pixels(content, size=stored), stored))
+        return fitted_masks(found, size=size)
 
     def tensors(self, places: Sequence[Place], extension: str) -> Tensor:
         """The numbers of each sample's member of this extension, one above the other; all are of one shape.

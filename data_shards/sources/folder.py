@@ -1,4 +1,4 @@
-"""A folder of images as a source of rows; captions stand in .txt files beside them, or in the folder's metadata.jsonl."""
+"""A folder of images as a source of rows; beside them captions in .txt files or a metadata.jsonl, and masks in .mask.png files."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
-from data_shards.config import CAPTION_EXTENSION, IMAGE_FORMATS, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
+from data_shards.config import CAPTION_EXTENSION, IMAGE_FORMATS, MASK_EXTENSION, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
 from data_shards.packing.fit import header_fault
 from data_shards.sources.rows import Part, Row, UnreadableRow, even_parts
 
@@ -22,7 +22,8 @@ METADATA_FILE, METADATA_TEXTS = "file_name", ("text", "caption")
 class FolderSource:
     """Every image below a folder in the order of its path; names the licence as the user states it.
 
-    texts: captions by file, from the folder's metadata.jsonl; a .txt beside an image goes before.
+    texts: captions by file, from the folder's metadata.jsonl; a .txt beside an image goes before. masks: by image file, what stands
+    beside it as NAME.mask.png, with its size in bytes; one beside no image is an image.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class FolderSource:
     sizes_bytes: tuple[int, ...]
     licence_name: str = "not stated"
     texts: Mapping[str, str] = field(default_factory=dict)
+    masks: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     @classmethod
     def scan(cls, folder: str | Path, *, licence: str = "not stated", skip_bad: bool = False) -> "FolderSource":
@@ -52,9 +54,19 @@ class FolderSource:
                 + "\n".join(problems[:LISTED_PROBLEMS])
                 + more
             )
-        names = tuple(path.relative_to(folder).as_posix() for path in found)
+        masks = _masks(found)
+        images = [path for path in found if path not in set(masks.values())]
+        names = {path: path.relative_to(folder).as_posix() for path in found}
+        sizes = {path: path.stat().st_size for path in found}
         texts = {file: text for metadata in sorted(folder.rglob(METADATA_NAME)) for file, text in _metadata(metadata, folder)}
-        return cls(folder, names, tuple(path.stat().st_size for path in found), licence, texts)
+        return cls(
+            folder,
+            tuple(names[path] for path in images),
+            tuple(sizes[path] for path in images),
+            licence,
+            texts,
+            {names[image]: (names[mask], sizes[mask]) for image, mask in masks.items()},
+        )
 
     @property
     def count(self) -> int:
@@ -67,6 +79,8 @@ class FolderSource:
         digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
         texts = hashlib.sha256(json.dumps(self.texts, sort_keys=True).encode()).hexdigest()
         stated = {"kind": "folder", "name": self.folder.resolve().name, "count": self.count, "listing_sha256": digest}
+        if self.masks:
+            stated["masks_sha256"] = hashlib.sha256(json.dumps(self.masks, sort_keys=True).encode()).hexdigest()
         return {**stated, "metadata_sha256": texts} if self.texts else stated
 
     def licence(self) -> dict[str, object]:
@@ -86,17 +100,25 @@ class FolderSource:
             try:
                 content = _content(path)
                 caption = _caption(path)
+                mask = _content(self.folder / self.masks[self.files[number]][0]) if self.files[number] in self.masks else None
             except (OSError, ValueError) as error:
                 yield UnreadableRow(key, str(error), str(path))
                 continue
             if caption is None:
                 caption = self.texts.get(self.files[number])
-            yield Row(key, content, caption, extra={"file": self.files[number]}, where=str(path))
+            yield Row(key, content, caption, extra={"file": self.files[number]}, where=str(path), mask=mask)
 
 
 def stated_licence(name: str) -> dict[str, object]:
     """The licence entry of an index where all that is known is what the user says."""
     return {"name": name, "url": None, "creators": [], "attribution_required": None, "text": None}
+
+
+def _masks(found: Sequence[Path]) -> dict[Path, Path]:
+    """The mask of each image that has one: `cat.mask.png` beside `cat.jpg`."""
+    ending = f".{MASK_EXTENSION}"
+    masks = {path.with_name(path.name[: -len(ending)]): path for path in found if path.name.lower().endswith(ending)}
+    return {path: masks[path.with_suffix("")] for path in found if path.with_suffix("") in masks}
 
 
 def _content(path: Path) -> bytes:

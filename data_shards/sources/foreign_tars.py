@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, final
 
-from data_shards.config import ATTRIBUTES_EXTENSION, IMAGE_FORMATS, member_limit_bytes
+from data_shards.config import ATTRIBUTES_EXTENSION, IMAGE_FORMATS, MASK_EXTENSION, member_limit_bytes
 from data_shards.sources.folder import stated_licence
 from data_shards.sources.rows import Part, Row, UnreadableRow, even_parts
 from data_shards.tars.places import find_tars
@@ -131,6 +131,7 @@ def _row(file: BinaryIO, sample: Sample, key: str, name: str, path: Path) -> Row
         return UnreadableRow(key, f"no image among its members ({', '.join('.' + extension for extension in sample)[:200]})", where)
     try:
         content = _read(file, sample[image], image)
+        mask = _read(file, sample[MASK_EXTENSION], MASK_EXTENSION) if MASK_EXTENSION in sample else None
         caption = next((_read(file, sample[text], "txt").decode().strip() for text in _TEXT_EXTENSIONS if text in sample), None)
         entries = json.loads(_read(file, sample[ATTRIBUTES_EXTENSION], ATTRIBUTES_EXTENSION)) if ATTRIBUTES_EXTENSION in sample else {}
     except (ValueError, RecursionError) as error:
@@ -145,13 +146,14 @@ def _row(file: BinaryIO, sample: Sample, key: str, name: str, path: Path) -> Row
         for entry, value in entries.items()
         if isinstance(value, str) and entry not in (*_TEXT_ENTRIES, "attributes") and len(value) <= _MAX_EXTRA_CHARACTERS
     }
-    return Row(key, content, caption, _strings(attributes), {**texts, "key": name, "tar": path.name}, where)
+    return Row(key, content, caption, _strings(attributes), {**texts, "key": name, "tar": path.name}, where, mask)
 
 
 def _image_extension(sample: Sample) -> str | None:
-    """The image's: `jpg` before `thumb.jpg`, in the order of the members."""
+    """The image's: `jpg` before `thumb.jpg`, in the order of the members; never the mask's."""
     plain = next((extension for extension in sample if extension in IMAGE_FORMATS), None)
-    return plain or next((extension for extension in sample if extension.rpartition(".")[2] in IMAGE_FORMATS), None)
+    others = (extension for extension in sample if extension.rpartition(".")[2] in IMAGE_FORMATS and extension != MASK_EXTENSION)
+    return plain or next(others, None)
 
 
 def _read(file: BinaryIO, member: Member, extension: str) -> bytes:

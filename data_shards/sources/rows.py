@@ -12,7 +12,8 @@ class Row:
     """One row as it is found: its image, and what is known of it.
 
     key: of letters, digits, - and _, of no other sample of the source; image: encoded bytes (JPEG, PNG or WebP, not yet checked), or an
-    RGB image drawn at the wanted size; where: its name in messages, such as a path or a table's row ("" for the key).
+    RGB image drawn at the wanted size; where: its name in messages, such as a path or a table's row ("" for the key); mask: encoded
+    bytes of a picture of the image's size, white where it is to be painted, not yet checked.
     """
 
     key: str
@@ -21,6 +22,7 @@ class Row:
     attributes: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, str] = field(default_factory=dict)
     where: str = ""
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)

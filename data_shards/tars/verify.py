@@ -11,12 +11,13 @@ from data_shards.config import (
     ALLOWED_EXTENSIONS,
     IMAGE_FORMATS,
     INDEX_NAME,
+    MASK_EXTENSION,
     TENSOR_EXTENSION,
     is_allowed_extension,
     is_image,
     member_limit_bytes,
 )
-from data_shards.images import DecodeError, image_pixels
+from data_shards.images import DecodeError, image_pixels, mask_pixels
 from data_shards.index import Members, Shard, ShardIndex, is_safe_member_name
 from data_shards.npy_header import npy_type_and_shape
 from data_shards.remote.retry import FetchError
@@ -152,6 +153,7 @@ def _more_unlisted(member: Member, shard: Shard) -> Problem:
 
 def _samples(file: BinaryIO, members: dict[str, Member], shard: Shard, index: ShardIndex) -> Iterator[Problem]:
     """Samples of the index whose members are missing, elsewhere, changed, or can't be decoded."""
+    has_images = any(map(is_image, shard.members))
     for position, key in enumerate(shard.keys):
         for extension, rows in shard.members.items():
             if rows.sizes[position] < 0:
@@ -162,7 +164,7 @@ def _samples(file: BinaryIO, members: dict[str, Member], shard: Shard, index: Sh
                 rows,
                 position,
                 extension,
-                index.size_at(shard, position) if is_image(extension) else (0, 0),
+                index.size_at(shard, position) if is_image(extension) or (extension == MASK_EXTENSION and has_images) else None,
             )
             if fault is not None:
                 what, wanted = fault
@@ -170,9 +172,9 @@ def _samples(file: BinaryIO, members: dict[str, Member], shard: Shard, index: Sh
 
 
 def _member_fault(
-    file: BinaryIO, member: Member | None, rows: Members, position: int, extension: str, image_size: tuple[int, int]
+    file: BinaryIO, member: Member | None, rows: Members, position: int, extension: str, image_size: tuple[int, int] | None
 ) -> tuple[str, str] | None:
-    """What is wrong with one member and what was wanted, or None."""
+    """What is wrong with one member and what was wanted, or None; image_size: of an image or of a mask's image, where there is one."""
     offset, size = rows.offsets[position], rows.sizes[position]
     if member is None:
         return "it is not in the tar: the shard is cut or damaged before it", f"{size} bytes here"
@@ -186,13 +188,15 @@ def _member_fault(
         return "its bytes were changed after packing", "the crc32 in the index"
     content = block[BLOCK_BYTES : BLOCK_BYTES + size]
     try:
-        if is_image(extension):
+        if extension == MASK_EXTENSION and image_size is not None:
+            mask_pixels(content, size=image_size)
+        elif image_size is not None:
             image_pixels(content, extension, size=image_size)
         elif extension.rpartition(".")[2] == TENSOR_EXTENSION:
             npy_type_and_shape(content)
     except DecodeError as error:
-        wanted = (
-            f"a whole {IMAGE_FORMATS[extension]} of {image_size[0]} x {image_size[1]} pixels" if is_image(extension) else "plain numbers"
-        )
-        return str(error), wanted
+        if image_size is None:
+            return str(error), "plain numbers"
+        what = "mask in black and white" if extension == MASK_EXTENSION else IMAGE_FORMATS[extension]
+        return str(error), f"a whole {what} of {image_size[0]} x {image_size[1]} pixels"
     return None
