@@ -12,7 +12,7 @@ from data_shards.encoders.image import ImageEncoder
 from data_shards.encoders.text import TextEncoder
 from data_shards.reading.sample import MicroBatch
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
-from trainer.models.deprecated import WuerstchenPrior
+from trainer.models.deprecated import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
 from trainer.models.frozen_inputs import image_states, text_states
 
 # of WuerstchenPriorPipeline: latents * latent_mean - latent_std gives the compressor's numbers back
@@ -66,3 +66,19 @@ def encode_wuerstchen_prior(
     Raises: ValueError if the shards do not hold what no encoder makes."""
     cond = text_states(batch, text_encoder, ("text",), device=device)
     return to_prior_latents(image_states(batch, image_encoder, device=device)), cond
+
+
+def loadable_index(index: Mapping[str, object]) -> dict[str, object]:
+    """The model_index.json of a Wuerstchen pipeline with names by which diffusers 0.42 finds its classes.
+
+    Its save_pretrained writes `diffusers`, where they no longer are, and the Hub's folders say `wuerstchen`, which is gone: its own
+    from_pretrained refuses both."""
+    classes = {made.__name__: made for made in (WuerstchenPrior, WuerstchenDiffNeXt, PaellaVQModel)}
+    mended = dict(index)
+    for part, entry in index.items():
+        match entry:
+            case [_, str(name)] if name in classes:
+                mended[part] = [classes[name].__module__, name]
+            case _:
+                pass
+    return mended
