@@ -14,9 +14,9 @@ from trainer.rng import generator, stratified_uniforms
 class Draws:
     """The random numbers of micro-batch (step, index), on the CPU."""
 
-    noise: Float[Tensor, "b c h w"]
+    noise: Float[Tensor, "b c *sides"]
     """Standard normal, before any offset."""
-    channel_noise: Float[Tensor, "b c 1 1"]
+    channel_noise: Float[Tensor, "b c *ones"]
     """Standard normal, one number a channel: the direction of offset noise."""
     uniforms: Float[Tensor, " b"]
     """In [0, 1): where on the time axis each image lies."""
@@ -30,8 +30,8 @@ class Draws:
         return digest.hexdigest()
 
 
-def draw(seed: int, step: int, index: int, *, shape: tuple[int, int, int, int], micro_batches: int, stratified: bool) -> Draws:
-    """The draws of one micro-batch of images of `shape` (b, c, h, w).
+def draw(seed: int, step: int, index: int, *, shape: tuple[int, ...], micro_batches: int, stratified: bool) -> Draws:
+    """The draws of one micro-batch of images or latents of `shape` (b, c, h, w), or of embeddings (b, d).
 
     stratified: times cover the global batch evenly; which strata this micro-batch takes moves on by one each step."""
     times = generator(seed, "times", step, index)
@@ -43,7 +43,31 @@ def draw(seed: int, step: int, index: int, *, shape: tuple[int, int, int, int], 
     noise = generator(seed, "noise", step, index)
     return Draws(
         noise=torch.randn(shape, generator=noise),
-        channel_noise=torch.randn((count, channels, 1, 1), generator=noise),
+        channel_noise=torch.randn((count, channels, *[1] * (len(shape) - 2)), generator=noise),
         uniforms=uniforms,
         flips=torch.rand(count, generator=generator(seed, "flips", step, index)) < 0.5,
+    )
+
+
+@dataclass(frozen=True)
+class LatentDraws:
+    """What a latent model's micro-batch needs beside `Draws`, on the CPU; None where the recipe does without."""
+
+    posterior: Float[Tensor, "b c h w"] | None
+    """Standard normal: which latent of the many that an autoencoder's moments allow."""
+    perturbation: Float[Tensor, "b c *sides"] | None
+    """Standard normal, added to the network's input alone."""
+    caption_dropped: Bool[Tensor, " b"]
+    """Which captions are left out."""
+
+
+def draw_latent(
+    seed: int, step: int, index: int, *, shape: tuple[int, ...], posterior: bool, perturbed: bool, caption_dropout: float
+) -> LatentDraws:
+    """The latent draws of one micro-batch of latents of `shape`. caption_dropout: probability in [0, 1)."""
+    captions = torch.rand(shape[0], generator=generator(seed, "captions", step, index))
+    return LatentDraws(
+        posterior=torch.randn(shape, generator=generator(seed, "posterior", step, index)) if posterior else None,
+        perturbation=torch.randn(shape, generator=generator(seed, "perturbation", step, index)) if perturbed else None,
+        caption_dropped=captions < caption_dropout,
     )

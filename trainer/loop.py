@@ -118,7 +118,11 @@ class Loop:
         while True:
             ends = step in (train.steps, last_step) or asked
             saves = step > start_step and (ends or step % config.checkpoint.every_steps == 0)
-            draws = config.logging.sample_every_steps and (step % config.logging.sample_every_steps == 0 or step == train.steps)
+            draws = (
+                self.task.draw
+                and config.logging.sample_every_steps
+                and (step % config.logging.sample_every_steps == 0 or step == train.steps)
+            )
             if saves:
                 self._save(step)
             if draws:
@@ -271,9 +275,10 @@ class Loop:
 
             return evaluate
 
+        assert self.task.draw is not None, "asked only where there is something to draw"
         with self.engine.averaged() as averaged:
-            ema = self.task.draw(ticking(averaged))
-        raw = self.task.draw(ticking(self.engine.raw()))
+            ema = self.task.draw(ticking(averaged), step)
+        raw = self.task.draw(ticking(self.engine.raw()), step)
         if self.reporter:
             self.reporter.write_samples(step, {"ema": ema, "raw": raw})
 

@@ -25,7 +25,7 @@ from trainer.manifest import Checkpoint, ever_committed, sweep_leftovers
 from trainer.numeric import RollBack
 from trainer.options import Options, flag, optional_text
 from trainer.stop import StopRequest
-from trainer.tasks.build import build_task
+from trainer.tasks.build import build_task, needed_fields
 from trainer.tasks.task import Task
 from trainer.training_data import TrainingData
 from trainer.watch import Watch
@@ -66,9 +66,9 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
     if checkpoint and checkpoint.step > config.train.steps:
         raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
     watch.phase("data", 0)
-    data = TrainingData.open(config, run_dir)
+    data = TrainingData.open(config, run_dir, fields=needed_fields(config))
     watch.phase("model", 0)
-    task = build_task(config, run_dir, data.image_size)
+    task = build_task(config, run_dir, data.image_size, data=data)
     engine = build_engine(config, task)
     watch.phase("restore", 0)
     pieces = agree_on_pieces(engine.state())

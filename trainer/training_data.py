@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import final
 
 import numpy as np
+import torch
 
 from data_shards import ranks
-from data_shards.config import is_image
+from data_shards.config import CAPTION_EXTENSION, Field, is_image
 from data_shards.index import ShardIndex
 from data_shards.reading.buckets import bucket_numbers, bucket_sizes
 from data_shards.reading.plan import Plan
@@ -31,25 +32,30 @@ class TrainingData:
     """
 
     config: DataConfig
+    fields: tuple[Field, ...]
     indexes: tuple[ShardIndex, ...]
     plan: Plan
     image_size: int
     sizes: tuple[tuple[int, int], ...] | None
 
     @classmethod
-    def open(cls, config: RunConfig, run_dir: Path) -> "TrainingData":
-        """The data of a frozen recipe.
+    def open(
+        cls, config: RunConfig, run_dir: Path, *, fields: tuple[Field, ...] = ("image",), classes: str | None = None
+    ) -> "TrainingData":
+        """The data of a frozen recipe. fields: what a sample is read for; classes: a folder of class images in their stead.
 
         Raises: ValueError for an index that can't be trusted, images of several sizes without data.image_size, or too few samples.
         """
         data = config.data
+        if classes is not None:
+            data = data.model_copy(update={"shards": classes, "mixture": ()})
         names = [source.shards for source in data.mixture] or [str(data.shards)]
         indexes = tuple(ShardIndex.load(run_dir / name) for name in names)
-        _check_images(indexes)
+        _check_fields(indexes, fields)
         sizes = _sizes(data)
         plan = Plan(
             tuple(shard.samples for index in indexes for shard in index.shards),
-            seed=derive_seed(config.seed, "order"),
+            seed=derive_seed(config.seed, "order" if classes is None else "class order"),
             global_batch_size=data.global_batch_size,
             micro_batch_size=data.micro_batch_size,
             shards_per_set=tuple(len(index.shards) for index in indexes),
@@ -58,28 +64,48 @@ class TrainingData:
         )
         if data.aspect_buckets is not None and ranks.is_rank_0():
             _log_buckets(plan, sizes or ())
-        return cls(data, indexes, plan, data.image_size or _common_side(indexes), sizes)
+        return cls(data, fields, indexes, plan, data.image_size or _common_side(indexes), sizes)
 
     def batches(self, start_step: int, stop_step: int, indices: range, *, pin: bool) -> Iterator[MicroBatch]:
         """The given indices of steps start_step .. stop_step-1, in that order. pin: page-locked memory."""
+        read = self._reader(self.fields)
+        return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
+
+    def examples(self, count: int) -> MicroBatch:
+        """The first `count` samples of step 0 at least, with images and captions: the same in every run of this recipe."""
+        read, per_batch = self._reader(("image", "caption")), self.config.micro_batch_size
+        enough = min(-(-count // per_batch), self.config.global_batch_size // per_batch)
+        batches = [read[0, index] for index in range(enough)]
+        return MicroBatch(
+            images=torch.cat([batch.images for batch in batches])[:count],
+            keys=tuple(key for batch in batches for key in batch.keys)[:count],
+            captions=tuple(caption for batch in batches for caption in batch.captions)[:count],
+        )
+
+    def _reader(self, fields: tuple[Field, ...]) -> MicroBatches:
         cache = self.config.cache
-        read = MicroBatches(
+        return MicroBatches(
             self.indexes,
             self.plan,
             on_bad_sample=self.config.on_bad_sample,
+            fields=fields,
             sizes=self.sizes,
             stores=stores_of(self.indexes, cache_folder=cache.folder, limit_gib=cache.limit_gib),
         )
-        return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
 
 
-def _check_images(indexes: tuple[ShardIndex, ...]) -> None:
-    """Raises: ValueError for shards that an encoder left without images."""
+def _check_fields(indexes: tuple[ShardIndex, ...], fields: tuple[Field, ...]) -> None:
+    """Raises: ValueError for shards without what the model learns from."""
     for index in indexes:
         held = sorted({extension for shard in index.shards for extension in shard.members})
-        if not any(map(is_image, held)):
+        if "image" in fields and not any(map(is_image, held)):
             raise ValueError(
                 f"{index.root}: holds {', '.join(held)} and no images, which this model learns from; give the shards that were encoded"
+            )
+        if "caption" in fields and CAPTION_EXTENSION not in held:
+            raise ValueError(
+                f"{index.root}: holds {', '.join(held)} and no captions, which this model learns from; caption them first "
+                "(halfstep shards caption), or give all images one prompt in dreambooth.instance_prompt"
             )
 
 

@@ -59,6 +59,16 @@ def find_model(text: str, *, part: str = "", revision: str | None = None) -> Mod
     return ModelFiles(folder, path, name, commit, encoder_sha256(folder))
 
 
+def find_pipeline(text: str, *, revision: str | None = None) -> Path:
+    """The folder of a whole pipeline, of this machine or of the Hub, its weights as safetensors alone.
+
+    text, revision: as find_model takes them. Raises: ValueError if there is none."""
+    path, _, _ = _bring(text, revision, [f"*/{weights}" for weights in WEIGHTS])
+    if not (path / "model_index.json").is_file():
+        raise ValueError(f"{text}: no model_index.json there; wanted the folder or Hub id of a whole pipeline")
+    return path
+
+
 def find_tokenizer(text: str, *, revision: str | None = None) -> tuple[Path, str]:
     """Folder and name of a tokenizer: of a local folder or of the Hub. Raises: ValueError if there is none."""
     path, _, name = _bring(text, revision, [])

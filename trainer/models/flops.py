@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -20,6 +22,16 @@ def forward_flops(build: Callable[[], nn.Module], *, image_shape: tuple[int, int
         images, timesteps = torch.empty(1, *image_shape), torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
             model(images, timesteps)
+    return counter.get_total_flops()
+
+
+def flops_of(model: nn.Module, inputs: Callable[[], tuple[object, ...]]) -> int:
+    """Operations of a forward pass of a model that is there already, counted as `forward_flops` does; nothing is computed.
+
+    inputs: makes its arguments, called where tensors have shapes alone."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs())
     return counter.get_total_flops()
 
 

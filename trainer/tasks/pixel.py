@@ -95,7 +95,7 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, im
         module=module,
         units=shard_units(module),
         micro_batch=lambda batches, step, index: _micro_batch(config, loss, batches[0], step, index, stratified=chosen.stratified),
-        draw=lambda predict: draw_grid(predict, levels_drawn, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED),
+        draw=lambda predict, step: draw_grid(predict, levels_drawn, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED),
         descriptor=descriptor,
         attention=attention,
         flops_per_image=forwards * flops,

@@ -41,8 +41,8 @@ class Task:
     """What a sharded engine gathers at a time, in the order of the forward pass."""
     micro_batch: Callable[[Sequence[MicroBatch], int, int], Work]
     """(batches, step, index) -> their work, of one micro-batch from each data set; all that is random follows from (seed, step, index)."""
-    draw: Callable[[Network], Image.Image]
-    """What a network draws from fixed noise; all ranks together. Collective."""
+    draw: Callable[[Network, int], Image.Image] | None
+    """(network, step) -> what it draws from fixed noise, all ranks together; None where there is nothing to look at. Collective."""
     descriptor: Meaning
     attention: Kernels
     flops_per_image: int

@@ -1,0 +1,1 @@
+"""Latent models: bases opened, adapted, fed and put back into pipelines."""

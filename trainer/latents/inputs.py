@@ -1,0 +1,261 @@
+"""From micro-batches to what latent models take: clean latents x_0 and their conditioning, by frozen encoders or from the shards."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data_shards.config import Field
+from data_shards.encoders.image import ImageEncoder, image_encoder
+from data_shards.encoders.text import TextEncoder
+from data_shards.encoders.vae import LatentEncoder
+from data_shards.files import read_json_object
+from data_shards.reading.sample import MicroBatch
+from trainer.config import (
+    Kandinsky22DecoderConfig,
+    Kandinsky22PriorConfig,
+    LatentBaseConfig,
+    RunConfig,
+    StableDiffusionConfig,
+    WuerstchenPriorConfig,
+)
+from trainer.diffusion.posterior import sample_posterior
+from trainer.draws import LatentDraws
+from trainer.engines.frozen import place_frozen
+from trainer.latents.base import find_part
+from trainer.latents.trained import Trained, latent_config, latent_objective
+from trainer.masks import draw_masks, latent_mask
+from trainer.models.deprecated import PriorTransformer
+from trainer.models.frozen_inputs import TextState, image_states, latents, text_states
+from trainer.models.inpainting import masked_pixels
+from trainer.models.kandinsky import image_statistics
+from trainer.models.wuerstchen import to_prior_latents
+
+Cond = dict[str, Tensor]
+Encode = Callable[[MicroBatch, LatentDraws, Tensor | None], tuple[Tensor, Cond]]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """How a latent model is fed. Frozen encoders are on this rank's device."""
+
+    fields: tuple[Field, ...]
+    """What the reader delivers."""
+    channels: int
+    """Of x_0."""
+    cell: int | None
+    """Side in pixels of a latent's element; None for embeddings, which have no sides."""
+    stored: str
+    """The member of shards that x_0 is made of where it is not encoded here."""
+    has_posterior: bool
+    """Whether x_0 is drawn from an autoencoder's moments."""
+    encode: Encode
+    """(batch with the prompts that count in `captions`, draws, masks of pixels or None) -> x_0, cond."""
+    vae: LatentEncoder | None = None
+    text: TextEncoder | None = None
+    image: ImageEncoder | None = None
+
+    def shape(self, batch: MicroBatch) -> tuple[int, ...]:
+        """Of a micro-batch's x_0. Raises: ValueError for images that have no whole latent."""
+        if self.stored in batch.tensors:
+            return (len(batch.keys), self.channels, *batch.tensors[self.stored].shape[2:])
+        count, _, height, width = batch.images.shape
+        return (count, *self.latent_shape(height, width))
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Of one image's x_0, from its sides in pixels. Raises: ValueError if it has no whole latent."""
+        if self.cell is None:
+            return (self.channels,)
+        if height % self.cell or width % self.cell:
+            raise ValueError(f"images of {width} x {height} pixels have no whole cells of {self.cell}; set data.image_size to a multiple")
+        return (self.channels, height // self.cell, width // self.cell)
+
+
+def needed_fields(config: RunConfig) -> tuple[Field, ...]:
+    """What the reader delivers for a recipe's model."""
+    model, fields = config.model, []
+    stored_latents, stored_text = getattr(model, "latents", "encode") == "stored", getattr(model, "text", "encode") == "stored"
+    match model:
+        case LatentBaseConfig() | StableDiffusionConfig():
+            fields += ["latents.npy"] if stored_latents else ["image"]
+        case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
+            fields += ["image.npy"] if stored_latents else ["image"]
+        case Kandinsky22DecoderConfig():
+            return ("latents.npy", "image.npy") if stored_latents else ("image",)
+        case _:
+            return ("image",)
+    if stored_text:
+        fields += ["text.npy", *(["pooled.npy", "text_mask.npy"] if isinstance(model, Kandinsky22PriorConfig) else [])]
+    elif config.dreambooth is None or config.dreambooth.instance_prompt is None:
+        fields.append("caption")
+    if config.objective.kind == "latent_denoising" and config.objective.inpainting and config.objective.inpainting.source == "stored":
+        fields.append("mask.png")
+    return tuple(fields)
+
+
+def build_inputs(config: RunConfig, trained: Trained, *, device: torch.device) -> Inputs:
+    """The encoders that a recipe needs, and how they are used. Collective where one is large enough to be shared among the ranks.
+
+    Raises: ValueError if one is not there, or of another kind."""
+    model = latent_config(config)
+    match model:
+        case LatentBaseConfig() | StableDiffusionConfig():
+            return _stable_diffusion(config, trained, model, device=device)
+        case WuerstchenPriorConfig():
+            text = None if model.text == "stored" else _text(config, model.base, masks=True, device=device)
+            dropped = _dropped_text(config, text, model.base, ("text",), masks=True, device=device)
+            image = None if model.latents == "stored" else _image(config, model.image_encoder or model.base, device=device)
+
+            def encode_prior(batch: MicroBatch, draws: LatentDraws, masks: Tensor | None) -> tuple[Tensor, Cond]:
+                return to_prior_latents(image_states(batch, image, device=device)), dropped(batch, draws.caption_dropped)
+
+            return Inputs(needed_fields(config), 16, 32, "image.npy", False, encode_prior, text=text, image=image)
+        case Kandinsky22PriorConfig():
+            assert isinstance(trained.module.prior, PriorTransformer), "Kandinsky's prior is one"
+            statistics = image_statistics(trained.module.prior)
+            width = int(trained.module.prior.config["embedding_dim"])
+            names: tuple[TextState, ...] = ("text", "pooled", "text_mask")
+            text = None if model.text == "stored" else _text(config, model.base, masks=False, device=device)
+            dropped = _dropped_text(config, text, model.base, names, masks=False, device=device)
+            image = None if model.latents == "stored" else _image(config, model.base, device=device)
+
+            def encode_embedding(batch: MicroBatch, draws: LatentDraws, masks: Tensor | None) -> tuple[Tensor, Cond]:
+                embeds = statistics.standardise(image_states(batch, image, device=device))
+                return embeds, dropped(batch, draws.caption_dropped)
+
+            return Inputs(needed_fields(config), width, None, "image.npy", False, encode_embedding, text=text, image=image)
+        case Kandinsky22DecoderConfig():
+            image = None if model.latents == "stored" else _image(config, model.prior, device=device)
+            movq = None if model.latents == "stored" else _vae(config, model.base, device=device)
+
+            def encode_image(batch: MicroBatch, draws: LatentDraws, masks: Tensor | None) -> tuple[Tensor, Cond]:
+                return latents(batch, movq, device=device), {"image": image_states(batch, image, device=device)}
+
+            return Inputs(needed_fields(config), 4, 8, "latents.npy", False, encode_image, vae=movq, image=image)
+
+
+def _stable_diffusion(
+    config: RunConfig, trained: Trained, model: LatentBaseConfig | StableDiffusionConfig, *, device: torch.device
+) -> Inputs:
+    base = model.autoencoder if isinstance(model, LatentBaseConfig) else model.base
+    stored = model.latents == "stored"
+    vae = None if stored else _vae(config, base, device=device)
+    scale, side = _vae_facts(base, config)
+    text, prompts = None, None
+    if trained.tokenizer is not None:
+        prompts = _tokens(trained.tokenizer, device=device)
+    else:
+        assert isinstance(model, StableDiffusionConfig), "a model from scratch trains its text encoder"
+        text = None if model.text == "stored" else _text(config, model.base, masks=False, device=device)
+        prompts = _dropped_text(config, text, model.base, ("text",), masks=False, device=device)
+
+    def encode(batch: MicroBatch, draws: LatentDraws, masks: Tensor | None) -> tuple[Tensor, Cond]:
+        assert draws.posterior is not None, "asked for with has_posterior"
+        noise = draws.posterior.to(device)
+        x_0 = sample_posterior(latents(batch, vae, device=device), noise) * scale
+        cond = prompts(batch, draws.caption_dropped)
+        if masks is not None:
+            assert vae is not None, "the recipe's own check refuses stored latents with masks"
+            pixels = batch.images.to(device, torch.float32).mul_(2 / 255).sub_(1)
+            masks = masks.to(device)
+            moments = vae.encode_scaled(masked_pixels(pixels, masks)).float()
+            # The same noise: where nothing is masked, both latents are one.
+            cond |= {"mask": latent_mask(masks, side), "masked_latents": sample_posterior(moments, noise) * scale}
+        return x_0, cond
+
+    return Inputs(needed_fields(config), 4, side, "latents.npy", True, encode, vae=vae, text=text)
+
+
+def _vae_facts(base: str, config: RunConfig) -> tuple[float, int]:
+    """A VAE's scaling factor, and the side of a latent cell in pixels."""
+    found = read_json_object(find_part(base, "vae", revision=getattr(config.model, "revision", None)).folder / "config.json")
+    widths = found.get("block_out_channels")
+    assert isinstance(widths, list), "an AutoencoderKL has levels"
+    scale = found.get("scaling_factor")
+    return (float(scale) if isinstance(scale, int | float) else 0.18215), 2 ** (len(widths) - 1)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, *, device: torch.device) -> Callable[[MicroBatch, Tensor], Cond]:
+    """Captions as tokens, for a text encoder that is trained."""
+
+    def encode(batch: MicroBatch, dropped: Tensor) -> Cond:
+        prompts = _kept(batch, dropped)
+        padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+        return {"input_ids": padded["input_ids"].to(device)}
+
+    return encode
+
+
+def _dropped_text(
+    config: RunConfig, encoder: TextEncoder | None, base: str, names: Sequence[TextState], *, masks: bool, device: torch.device
+) -> Callable[[MicroBatch, Bool[Tensor, " b"]], Cond]:
+    """Text states of captions, those that are dropped being of the empty one."""
+    if encoder is not None:
+        return lambda batch, dropped: text_states(replace(batch, captions=_kept(batch, dropped)), encoder, names, device=device)
+    empty: Mapping[str, Tensor] = {}
+    if latent_objective(config).caption_dropout:
+        # The shards hold the states of captions alone: the empty one's are made once, and the encoder is let go.
+        nothing = MicroBatch(torch.empty(0, 3, 0, 0, dtype=torch.uint8), ("",), captions=("",))
+        empty = text_states(nothing, _text(config, base, masks=masks, device=device), names, device=device)
+
+    def stored(batch: MicroBatch, dropped: Bool[Tensor, " b"]) -> Cond:
+        states = text_states(batch, None, names, device=device)
+        if not empty:
+            return states
+        left_out = dropped.to(device)
+        return {name: torch.where(left_out.view(-1, *[1] * (state.ndim - 1)), empty[name], state) for name, state in states.items()}
+
+    return stored
+
+
+def _kept(batch: MicroBatch, dropped: Bool[Tensor, " b"]) -> list[str]:
+    """Captions, empty ones where they are dropped or missing."""
+    return ["" if left_out or caption is None else caption for caption, left_out in zip(batch.captions, dropped.tolist(), strict=True)]
+
+
+def _vae(config: RunConfig, base: str, *, device: torch.device) -> LatentEncoder:
+    precision = latent_config(config).frozen_precision
+    vae = LatentEncoder(_named(config, base), precision=precision, device=device, holds_bf16=precision == "bf16")
+    place_frozen(vae.module, (), shard_above_gib=config.engine.shard_frozen_above_gib)
+    return vae
+
+
+def _text(config: RunConfig, base: str, *, masks: bool, device: torch.device) -> TextEncoder:
+    precision = latent_config(config).frozen_precision
+    text = TextEncoder(
+        _named(config, base), layer="last", tokens=0, masks=masks, precision=precision, device=device, holds_bf16=precision == "bf16"
+    )
+    place_frozen(text.module, text.units(), shard_above_gib=config.engine.shard_frozen_above_gib)
+    return text
+
+
+def _image(config: RunConfig, base: str, *, device: torch.device) -> ImageEncoder:
+    precision = latent_config(config).frozen_precision
+    return image_encoder(_named(config, base), precision=precision, device=device, holds_bf16=precision == "bf16")
+
+
+def _named(config: RunConfig, base: str) -> str:
+    """A Hub id of the recipe's base with its revision, as the encoders take it."""
+    revision = getattr(config.model, "revision", None)
+    return f"{base}@{revision}" if revision is not None and base == getattr(config.model, "base", None) else base
+
+
+def drawn_masks(config: RunConfig, batch: MicroBatch, step: int, *, side: int) -> Float[Tensor, "b 1 h w"] | None:
+    """The masks of a micro-batch, 1 where the model fills: drawn for each sample and step, or the sample's own; None without inpainting."""
+    masks = latent_objective(config).inpainting
+    if masks is None:
+        return None
+    if masks.source == "stored":
+        return (batch.tensors["mask.png"] >= 128).float()
+    shares = {name: getattr(masks, name) for name in ("rectangle", "ellipse", "brush", "outpainting", "full")}
+    return draw_masks(config.seed, step, batch.keys, size=(batch.images.shape[2], batch.images.shape[3]), shares=shares, cell=side)
+
+
+def flipped(images: UInt8[Tensor, "b c h w"], flips: Bool[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+    """Images or masks of bytes, those with a flip mirrored left to right."""
+    return images.where(~flips[:, None, None, None], images.flip(3))

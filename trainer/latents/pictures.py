@@ -1,0 +1,187 @@
+"""What a latent model draws while it trains: fixed prompts and seeds, the base beside it, by stock pipelines around the engine."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from data_shards import ranks
+from data_shards.encoders.files import find_pipeline
+from data_shards.encoders.precision import autocast
+from data_shards.files import replace_file
+from data_shards.reading.sample import MicroBatch
+from trainer.config import Kandinsky22DecoderConfig, Kandinsky22PriorConfig, RunConfig, WuerstchenPriorConfig
+from trainer.latents.inputs import Inputs
+from trainer.latents.pipelines import Parts, assemble
+from trainer.latents.stand_ins import TextStandIn, stand_in
+from trainer.latents.trained import Trained, latent_config, latent_objective
+from trainer.masks import draw_masks
+from trainer.models.network import Network
+from trainer.prompting.clip_score import ClipScore, mean_scores
+from trainer.prompting.folder import load_pipeline
+from trainer.prompting.painters import painter
+from trainer.prompting.pictures import Paint, PictureRequest, draw_on_ranks, no_tick
+from trainer.prompting.sheet import SheetGroup, draw_sheet, masked_input
+from trainer.sample import png
+
+logger = logging.getLogger(__name__)
+
+Examples = Callable[[int], MicroBatch]
+"""The first so many training samples, the same in every run of this data."""
+_BATCH_SIZE = 4
+_ROWS = 3
+"""Prompts of a recipe that names none: captions of the first samples."""
+_BASE = "base"
+
+
+def can_draw(config: RunConfig) -> bool:
+    """Whether a recipe says what is needed to turn what its model draws into pixels."""
+    match config.model:
+        case WuerstchenPriorConfig() | Kandinsky22PriorConfig() as model:
+            return model.decoder is not None
+        case _:
+            return True
+
+
+@final
+class Pictures:
+    """The validation pictures of one run."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, trained: Trained, inputs: Inputs, *, image_size: int, examples: Examples) -> None:
+        """image_size: side of the pictures in pixels."""
+        self.config, self.run_dir, self.trained, self.inputs = config, run_dir, trained, inputs
+        self.image_size, self.examples = image_size, examples
+        self.seeds = [config.validation.seed + number for number in range(config.logging.sample_images)]
+
+    def draw(self, network: Network, step: int) -> Image.Image:
+        """The sheet of a network, beside the base's pictures, which the network itself draws at step 0. Collective."""
+        paint = self._painter(network)
+        pictures = self._drawn(paint, self.prompts)
+        if step == 0:
+            bases = self.config.validation.base_prompts
+            base = pictures if not bases or bases == self.prompts else self._drawn(paint, bases)
+            self._keep_base(base)
+        notes = self._scores(pictures)
+        groups = [SheetGroup(f"step {step}", pictures)]
+        if (base := self._base(pictures)) is not None:
+            groups.insert(0, SheetGroup(_BASE, base))
+        return draw_sheet(self.prompts, groups, seeds=self.seeds, given=self._given(), notes=notes)
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The recipe's, else the captions of the first samples."""
+        if self.config.validation.prompts:
+            return tuple(self.config.validation.prompts)
+        if self.config.dreambooth and self.config.dreambooth.instance_prompt:
+            return (self.config.dreambooth.instance_prompt,)
+        captions = self.examples(_ROWS).captions
+        return tuple(dict.fromkeys(caption or "" for caption in captions)) or ("",)
+
+    @cached_property
+    def masked(self) -> list[tuple[Image.Image, Image.Image]] | None:
+        """Of each prompt what is filled: one of the first samples and a mask; None for text to image."""
+        masks = latent_objective(self.config).inpainting
+        if masks is None:
+            return None
+        batch = self.examples(len(self.prompts))
+        size = (self.image_size, self.image_size)
+        drawn = draw_masks(self.config.seed, 0, batch.keys, size=size, shares={"rectangle": 1.0})
+        pairs = []
+        for image, mask in zip(batch.images, drawn, strict=True):
+            pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+            pairs.append((pixels.resize(size), Image.fromarray((mask[0].numpy() * 255).astype(np.uint8))))
+        return [pairs[number % len(pairs)] for number in range(len(self.prompts))]
+
+    def requests(self, prompts: Sequence[str]) -> list[PictureRequest]:
+        """All pictures of a sheet, seed by seed."""
+        validation, steps = self.config.validation, self.config.logging.sample_steps
+        masked = self.masked
+        return [
+            PictureRequest(
+                prompt=prompt,
+                seed=seed,
+                negative_prompt=validation.negative_prompt or None,
+                guidance_scale=validation.guidance_scale,
+                steps=steps,
+                size=(self.image_size, self.image_size),
+                image=masked[row][0] if masked else None,
+                mask=masked[row][1] if masked else None,
+            )
+            for row, prompt in enumerate(prompts)
+            for seed in self.seeds
+        ]
+
+    def _drawn(self, paint: Paint, prompts: Sequence[str]) -> UInt8[Tensor, "p s h w c"]:
+        with autocast(ranks.device(), latent_config(self.config).frozen_precision), torch.no_grad():
+            drawn = draw_on_ranks(paint, self.requests(prompts), batch_size=_BATCH_SIZE)
+        return drawn.view(len(prompts), len(self.seeds), *drawn.shape[1:])
+
+    def _painter(self, network: Network) -> Paint:
+        """Stock pipelines around the engine's network; frozen parts are those that encode the training data, where these are there."""
+        device, model = ranks.device(), latent_config(self.config)
+        parts = Parts(
+            text_encoder=TextStandIn() if self.trained.tokenizer is not None else self.inputs.text and self.inputs.text.module,
+            tokenizer=self.trained.tokenizer,
+            vae=self.inputs.vae and self.inputs.vae.module,
+        )
+        pipeline = assemble(self.config, stand_in(self.trained, network, device=device, tick=no_tick), parts, device=device)
+        match model:
+            case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
+                assert model.decoder is not None, "can_draw asks for it"
+                return painter(pipeline, self._other(model.decoder))
+            case Kandinsky22DecoderConfig():
+                return painter(self._other(model.prior), pipeline)
+            case _:
+                return painter(pipeline)
+
+    def _other(self, name: str):
+        """The pipeline that draws together with the trained one, loaded once."""
+        if not hasattr(self, "_companion"):
+            self._companion = load_pipeline(find_pipeline(name), device=ranks.device())
+        return self._companion
+
+    def _given(self) -> UInt8[Tensor, "p h w c"] | None:
+        if self.masked is None:
+            return None
+        size = (self.image_size, self.image_size)
+        return torch.stack([torch.from_numpy(masked_input(image, mask, size)) for image, mask in self.masked])
+
+    def _scores(self, pictures: UInt8[Tensor, "p s h w c"]) -> list[str]:
+        """A CLIP score under each prompt, where the recipe names a model for it."""
+        if self.config.validation.clip is None:
+            return []
+        repeated = [prompt for prompt in self.prompts for _ in self.seeds]
+        scores = mean_scores(self._clip.scores(pictures.flatten(0, 1), repeated), repeated)
+        return [f"CLIP score {scores[prompt]:.1f}" for prompt in self.prompts]
+
+    @cached_property
+    def _clip(self) -> ClipScore:
+        assert self.config.validation.clip is not None, "asked only where the recipe names one"
+        return ClipScore(self.config.validation.clip, device=ranks.device())
+
+    def _keep_base(self, pictures: UInt8[Tensor, "p s h w c"]) -> None:
+        """What the base draws, kept for the sheets of later steps and attempts."""
+        if not ranks.is_rank_0():
+            return
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        strip = torch.cat([torch.cat(list(row), dim=1) for row in pictures], dim=0)
+        replace_file(folder / f"{_BASE}.png", png(Image.fromarray(strip.numpy())))
+
+    def _base(self, like: UInt8[Tensor, "p s h w c"]) -> Float[Tensor, "p s h w c"] | None:
+        """The base's pictures as they were kept, or None where there are none of this shape."""
+        path = self.run_dir / "samples" / f"{_BASE}.png"
+        if not path.exists():
+            return None
+        strip = torch.from_numpy(np.array(Image.open(path)))
+        prompts, seeds, height, width, channels = like.shape
+        if strip.shape != (prompts * height, seeds * width, channels):
+            return None
+        return strip.view(prompts, height, seeds, width, channels).transpose(1, 2)

@@ -1,0 +1,235 @@
+"""What a recipe trains of a base: the network, adapted as the recipe says, and which of its weights learn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar, final
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+
+from data_shards.encoders.files import ModelFiles
+from trainer.adapters.lora import ADDED_ATTENTION_TARGETS, ATTENTION_TARGETS, CLIP_TEXT_TARGETS, add_lora
+from trainer.adapters.tokens import add_token
+from trainer.architectures import read_architecture
+from trainer.config import (
+    Kandinsky22DecoderConfig,
+    Kandinsky22PriorConfig,
+    LatentBaseConfig,
+    LoraAdaptation,
+    RunConfig,
+    StableDiffusionConfig,
+    WuerstchenPriorConfig,
+)
+from trainer.config_latent import LatentDenoisingConfig
+from trainer.engines.precision import lower_type
+from trainer.latents.base import find_part
+from trainer.models.deprecated import PriorTransformer, WuerstchenPrior
+from trainer.models.inpainting import INPAINTING_CHANNELS, widen
+from trainer.models.kandinsky import KandinskyDecoderDenoiser, KandinskyPriorDenoiser
+from trainer.models.stable_diffusion import StableDiffusionDenoiser
+from trainer.models.wuerstchen import WuerstchenPriorDenoiser
+from trainer.rng import generator, seed_weights
+from trainer.tiny_models.vocabulary import WORDS, build_tokenizer
+
+Model = TypeVar("Model", bound=nn.Module)
+LatentConfig = LatentBaseConfig | StableDiffusionConfig | WuerstchenPriorConfig | Kandinsky22PriorConfig | Kandinsky22DecoderConfig
+
+
+class LatentDenoiser(Protocol):
+    """A network with the arguments that all latent models take; an nn.Module."""
+
+    def units(self) -> tuple[nn.Module, ...]:
+        """The parts whose weights a sharded engine gathers together, in the order of the forward pass; the rest is one more."""
+        ...
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them."""
+        ...
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network as it is trained, on the CPU. Parameters that learn are fp32 and require a gradient."""
+
+    module: nn.Module
+    """A LatentDenoiser."""
+    files: ModelFiles | None
+    """Of the network in its base; None where it starts from scratch."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """With the new tokens, if any; None where no text encoder is trained."""
+
+    @property
+    def denoiser(self) -> LatentDenoiser:
+        """The module by its further methods."""
+        assert isinstance(self.module, _DENOISERS), f"{type(self.module).__name__} is no latent denoiser"
+        return self.module
+
+
+_DENOISERS = (StableDiffusionDenoiser, WuerstchenPriorDenoiser, KandinskyPriorDenoiser, KandinskyDecoderDenoiser)
+
+
+def build_trained(config: RunConfig) -> Trained:
+    """The network that a latent model's recipe trains, with the weights that it starts with; the same on every rank.
+
+    Raises: ValueError if the base is not there, or does not fit the recipe."""
+    match config.model:
+        case LatentBaseConfig() as model:
+            trained = _latent_base(config, model)
+        case StableDiffusionConfig() as model:
+            trained = _stable_diffusion(config, model)
+        case WuerstchenPriorConfig() as model:
+            files = find_part(model.base, "prior", revision=model.revision)
+            prior = WuerstchenPrior.from_pretrained(files.folder, local_files_only=True, use_safetensors=True)
+            trained = Trained(WuerstchenPriorDenoiser(_adapted(config, prior, ATTENTION_TARGETS)), files, None)
+        case Kandinsky22PriorConfig() as model:
+            files = find_part(model.base, "prior", revision=model.revision)
+            prior = PriorTransformer.from_pretrained(files.folder, local_files_only=True, use_safetensors=True)
+            trained = Trained(KandinskyPriorDenoiser(_adapted(config, prior, ATTENTION_TARGETS)), files, None)
+        case Kandinsky22DecoderConfig() as model:
+            files = find_part(model.base, "unet", revision=model.revision)
+            trained = Trained(KandinskyDecoderDenoiser(_adapted(config, _load_unet(files), ADDED_ATTENTION_TARGETS)), files, None)
+        case other:
+            raise ValueError(f"model.kind={other.kind} is no latent denoiser")
+    _hold_frozen(trained.module, config.engine.precision)
+    return trained
+
+
+def latent_config(config: RunConfig) -> LatentConfig:
+    """The model section of a latent denoiser's recipe. Raises: ValueError for another model's."""
+    match config.model:
+        case (
+            LatentBaseConfig()
+            | StableDiffusionConfig()
+            | WuerstchenPriorConfig()
+            | Kandinsky22PriorConfig()
+            | Kandinsky22DecoderConfig() as model
+        ):
+            return model
+        case other:
+            raise ValueError(f"model.kind={other.kind} does not denoise latents; wanted a latent model such as stable_diffusion")
+
+
+def latent_objective(config: RunConfig) -> LatentDenoisingConfig:
+    """The objective of a latent denoiser's recipe. Raises: ValueError for another's."""
+    if not isinstance(config.objective, LatentDenoisingConfig):
+        raise ValueError(f"objective.kind={config.objective.kind} is not of a latent model; set objective.kind=latent_denoising")
+    return config.objective
+
+
+def load_text_encoder(files: ModelFiles) -> CLIPTextModel:
+    """A pipeline's CLIP text encoder in fp32."""
+    return CLIPTextModel.from_pretrained(
+        files.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A pipeline's tokenizer. Nothing of the folder is run."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def small_tokenizer(tokens: int) -> PreTrainedTokenizerBase:
+    """CLIP's tokenizer with a small vocabulary of words for captions of pictures. tokens: the longest caption, its ends included."""
+    component = read_architecture("stable_diffusion_1_5").components["tokenizer"]
+    return build_tokenizer(component.with_config({"model_max_length": tokens}), WORDS)
+
+
+def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Trained:
+    files = find_part(model.base, "unet", revision=model.revision)
+    unet = _load_unet(files)
+    if latent_objective(config).inpainting is not None:
+        widen(unet)
+    elif unet.config["in_channels"] == INPAINTING_CHANNELS:
+        raise ValueError(
+            f"{files.name} takes {INPAINTING_CHANNELS} channels: it is an inpainting base; set objective.inpainting={{}} to train it as one, "
+            "or give a text-to-image base in model.base"
+        )
+    text_encoder, tokenizer = None, None
+    token = config.dreambooth.new_token if config.dreambooth else None
+    if model.train_text_encoder or token is not None:
+        text_files = find_part(model.base, "text_encoder", revision=model.revision)
+        text_encoder, tokenizer = load_text_encoder(text_files), load_tokenizer(text_files.beside("tokenizer"))
+        if model.train_text_encoder:
+            _adapted(config, text_encoder, CLIP_TEXT_TARGETS, purpose="lora of the text encoder", chosen=False)
+        else:
+            text_encoder.requires_grad_(False)
+        if token is not None:
+            assert config.dreambooth is not None, "the token is of its section"
+            add_token(tokenizer, text_encoder, token, initializer=config.dreambooth.token_from or _words(config))
+    return Trained(StableDiffusionDenoiser(_adapted(config, unet, ATTENTION_TARGETS), text_encoder), files, tokenizer)
+
+
+def _words(config: RunConfig) -> str:
+    """What a new token starts as where the recipe does not say: the words of the class, else those of the prompt beside it."""
+    dreambooth = config.dreambooth
+    assert dreambooth is not None and dreambooth.new_token is not None, "asked for a new token"
+    beside = (dreambooth.instance_prompt or "").replace(dreambooth.new_token, " ").strip()
+    return dreambooth.class_prompt or beside or "a"
+
+
+def _latent_base(config: RunConfig, model: LatentBaseConfig) -> Trained:
+    seed_weights(config.seed)
+    tokenizer = small_tokenizer(model.text_tokens)
+    names = {True: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
+    unet = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=model.channels,  # pyright: ignore[reportArgumentType] (any number of levels)
+        layers_per_block=model.layers_per_block,
+        down_block_types=tuple(names[attends][0] for attends in model.attention),  # pyright: ignore[reportArgumentType]
+        up_block_types=tuple(names[attends][1] for attends in reversed(model.attention)),  # pyright: ignore[reportArgumentType]
+        attention_head_dim=tuple(width // model.head_width for width in model.channels),  # pyright: ignore[reportArgumentType] (a count)
+        cross_attention_dim=model.text_width,
+        norm_num_groups=model.norm_groups,
+        use_linear_projection=True,
+    )
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=model.text_width,
+            intermediate_size=4 * model.text_width,
+            num_hidden_layers=model.text_layers,
+            num_attention_heads=model.text_width // 32,
+            max_position_embeddings=model.text_tokens,
+            projection_dim=model.text_width,
+            **ends,
+        )
+    )
+    return Trained(StableDiffusionDenoiser(unet, text_encoder), None, tokenizer)
+
+
+def _load_unet(files: ModelFiles) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(files.folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
+
+
+def _adapted(config: RunConfig, model: Model, usual: Sequence[str], *, purpose: str = "lora", chosen: bool = True) -> Model:
+    """The model with an adapter where the recipe wants one, else with all weights learning. chosen: the recipe's targets are for it."""
+    adaptation = config.adaptation
+    if not isinstance(adaptation, LoraAdaptation):
+        model.requires_grad_(True)
+        return model
+    add_lora(
+        model,
+        rank=adaptation.rank,
+        alpha=adaptation.alpha or adaptation.rank,
+        targets=adaptation.targets if chosen and adaptation.targets else usual,
+        generator=generator(config.seed, purpose),
+        dora=adaptation.dora,
+        dropout=adaptation.dropout,
+    )
+    return model
+
+
+def _hold_frozen(module: nn.Module, precision: str) -> None:
+    """Keep the weights of frozen linear and convolution layers in the type that autocast would give them anyway: half the memory."""
+    dtype = lower_type(precision)
+    if dtype is None:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+            layer.to(dtype)
