@@ -36,7 +36,7 @@ class Architecture:
     """A pipeline without weights.
 
     source: the Hub id whose configs these are; settings: what model_index.json says beside the components;
-    parameters: numbers of weights, by component, as they are publicly known."""
+    parameters: numbers of weights, by component; beside: what training needs of another pipeline, no part of this one."""
 
     name: str
     pipeline: str
@@ -44,6 +44,7 @@ class Architecture:
     settings: Mapping[str, object]
     parameters: Mapping[str, int]
     components: Mapping[str, Component]
+    beside: Mapping[str, Component]
 
 
 def architecture_names() -> tuple[str, ...]:
@@ -60,8 +61,11 @@ def read_architecture(name: str) -> Architecture:
         near = difflib.get_close_matches(name, names, n=1)
         raise ValueError(f"architecture {name} is not known{f'; did you mean {near[0]}?' if near else ''}; there are {', '.join(names)}")
     content = json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
-    components = {part: Component(entry["library"], entry["class"], entry["config"]) for part, entry in content["components"].items()}
-    return Architecture(name, content["pipeline"], content["source"], content["settings"], content["parameters"], components)
+    components, beside = (
+        {part: Component(entry["library"], entry["class"], entry["config"]) for part, entry in content[group].items()}
+        for group in ("components", "beside")
+    )
+    return Architecture(name, content["pipeline"], content["source"], content["settings"], content["parameters"], components, beside)
 
 
 def _folder() -> Traversable:

@@ -41,6 +41,11 @@ def clip_vocabulary_file() -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def caption_words() -> list[str]:
+    """The words of our captions, in the order of the alphabet."""
+    return sorted(set(_CAPTIONS.split()))
+
+
 def build_tokenizer(component: Component, vocabulary: str) -> CLIPTokenizer:
     """The tokenizer of a pipeline. vocabulary: `words`, `clip` or the path of the true vocabulary's .txt.gz file.
 
@@ -55,6 +60,13 @@ def build_tokenizer(component: Component, vocabulary: str) -> CLIPTokenizer:
         merges=list(merges),  # pyright: ignore[reportArgumentType] (pairs, as the fast tokenizer takes them)
         **component.config,  # pyright: ignore[reportArgumentType]
     )
+
+
+def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> int:
+    """Save it for today's transformers (tokenizer.json) and older ones (vocab.json, merges.txt); returns its number of tokens."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+    return len(tokenizer)
 
 
 def _clip_merges(vocabulary: str) -> Sequence[tuple[str, str]]:
@@ -78,7 +90,7 @@ def _word_merges() -> Sequence[tuple[str, str]]:
     """Merges that make every word above one token: the most frequent pair first, of equals the first in the alphabet.
 
     Source: Sennrich et al. 2016, arXiv:1508.07909, algorithm 1."""
-    words = [[*word[:-1], word[-1] + _END] for word in sorted(set(_CAPTIONS.split()))]
+    words = [[*word[:-1], word[-1] + _END] for word in caption_words()]
     merges: list[tuple[str, str]] = []
     while pairs := Counter(pair for word in words for pair in pairwise(word)):
         most = min(pairs, key=lambda pair: (-pairs[pair], pair))
