@@ -79,9 +79,16 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         record_devices(
             run_dir, attention=task.attention, engine=config.engine.model_dump(mode="json"), deterministic=config.engine.deterministic
         )
+    data_sets = [data]
+    if task.class_images is not None:
+        watch.phase("class images", 0)
+        fresh = checkpoint is None
+        if not task.class_images.make(engine.raw(), fresh=fresh, asked_to_stop=lambda: bool(stop.reason), tick=watch.tick):
+            return CALL_AGAIN
+        data_sets.append(TrainingData.open(config, run_dir, classes=str(task.class_images.folder())))
     start_up = watch.start_up_seconds()
     _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end, start_up_seconds=start_up)
-    return Loop(config, run_dir, [data], task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
+    return Loop(config, run_dir, data_sets, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
 
 
 def build_engine(config: RunConfig, task: Task) -> Engine:

@@ -27,7 +27,7 @@ from trainer.models.network import Network
 from trainer.prompting.clip_score import ClipScore, mean_scores
 from trainer.prompting.folder import load_pipeline
 from trainer.prompting.painters import painter
-from trainer.prompting.pictures import Paint, PictureRequest, draw_on_ranks, no_tick
+from trainer.prompting.pictures import Paint, PictureRequest, Tick, draw_on_ranks, no_tick
 from trainer.prompting.sheet import SheetGroup, draw_sheet, masked_input
 from trainer.sample import png
 
@@ -118,9 +118,16 @@ class Pictures:
             for seed in self.seeds
         ]
 
-    def _drawn(self, paint: Paint, prompts: Sequence[str]) -> UInt8[Tensor, "p s h w c"]:
+    def draw_requests(self, network: Network, requests: Sequence[PictureRequest], *, tick: Tick = no_tick) -> UInt8[Tensor, "b h w c"]:
+        """What a network draws of any requests. Collective."""
+        return self._draw(self._painter(network), requests, tick)
+
+    def _draw(self, paint: Paint, requests: Sequence[PictureRequest], tick: Tick = no_tick) -> UInt8[Tensor, "b h w c"]:
         with autocast(ranks.device(), latent_config(self.config).frozen_precision), torch.no_grad():
-            drawn = draw_on_ranks(paint, self.requests(prompts), batch_size=_BATCH_SIZE)
+            return draw_on_ranks(paint, requests, batch_size=_BATCH_SIZE, tick=tick)
+
+    def _drawn(self, paint: Paint, prompts: Sequence[str]) -> UInt8[Tensor, "p s h w c"]:
+        drawn = self._draw(paint, self.requests(prompts))
         return drawn.view(len(prompts), len(self.seeds), *drawn.shape[1:])
 
     def _painter(self, network: Network) -> Paint:

@@ -15,8 +15,9 @@ from trainer.config import Kandinsky22DecoderConfig, LatentBaseConfig, LoraAdapt
 from trainer.config_latent import LatentDenoisingConfig
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar, zero_terminal_snr
 from trainer.draws import Draws, LatentDraws, draw, draw_latent
-from trainer.engines.precision import lower_type
+from trainer.engines.precision import autocast, lower_type
 from trainer.latents.base import Levels, base_levels, find_part, scheduler_config
+from trainer.latents.class_images import ClassImages
 from trainer.latents.example import example
 from trainer.latents.inputs import Cond, Inputs, build_inputs, drawn_masks, flipped
 from trainer.latents.pictures import Pictures, can_draw
@@ -80,6 +81,9 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
     pictures = Pictures(config, run_dir, trained, inputs, image_size=data.image_size, examples=data.examples)
     check_stored(config, data)
 
+    with autocast(config.engine.precision):
+        forward = flops_of(module, lambda: example(config, trained, shape))
+
     def micro_batch(batches: Sequence[MicroBatch], step: int, index: int) -> Work:
         parts = [_prepared(config, inputs, batch, step, index, number=number) for number, batch in enumerate(batches)]
         return _work(config, loss, parts)
@@ -91,8 +95,16 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
         draw=pictures.draw if can_draw(config) else None,
         descriptor=meaning,
         attention=attention,
-        flops_per_image=_TRAINED_FORWARDS * flops_of(module, lambda: example(config, trained, shape)),
+        class_images=_class_images(config, run_dir, pictures, data),
+        flops_per_image=_TRAINED_FORWARDS * forward,
     )
+
+
+def _class_images(config: RunConfig, run_dir: Path, pictures: Pictures, data: TrainingData) -> ClassImages | None:
+    dreambooth = config.dreambooth
+    if dreambooth is None or dreambooth.class_prompt is None:
+        return None
+    return ClassImages(config, dreambooth, run_dir, pictures, image_size=data.image_size)
 
 
 def levels_of(config: RunConfig, trained: Trained) -> Levels | None:

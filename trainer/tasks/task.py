@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, final
 
 from PIL import Image
@@ -18,6 +19,18 @@ class Meaning(Protocol):
 
     def to_json(self) -> dict[str, object]:
         """Plain values by name."""
+        ...
+
+
+class ClassImages(Protocol):
+    """Images that the base draws for a run, in RUN_DIR."""
+
+    def make(self, network: Network, *, fresh: bool, asked_to_stop: Callable[[], bool], tick: Callable[[], None]) -> bool:
+        """Draw what is missing and pack all; False where the job was asked to stop meanwhile. network: of the base. Collective."""
+        ...
+
+    def folder(self) -> Path:
+        """Of their shards."""
         ...
 
 
@@ -47,5 +60,7 @@ class Task:
     attention: Kernels
     flops_per_image: int
     """Of one training step, teacher and frozen encoders included; activations computed again do not count."""
+    class_images: ClassImages | None = None
+    """What the base draws before the first step, to be learnt from beside the recipe's data; None: nothing."""
     facts: Callable[[], Mapping[str, object]] = dict
     """More for a checkpoint's manifest."""
