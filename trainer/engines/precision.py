@@ -30,7 +30,7 @@ def evaluation(module: nn.Module, predict: Network, precision: str) -> Network:
         with torch.inference_mode(False), torch.no_grad(), autocast(precision):
             prediction = predict(*tree_map_only(Tensor, Tensor.clone, inputs))
         module.train()
-        return prediction.float()
+        return tree_map_only(Tensor, Tensor.float, prediction)
 
     return evaluate
 
