@@ -1,13 +1,18 @@
 """New tokens of a text encoder: only their own rows of the embedding are trained."""
 
 import copy
+from pathlib import Path
 from typing import final
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from data_shards.files import replace_file
+
+_OLD_END_ID = 2
 PROBE_PROMPTS = ("{token}", "a {token} car", "a {token}cartoon car", "car, {token}")
 
 
@@ -58,6 +63,7 @@ def add_token(tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel,
     row = _initial_row(tokenizer, (base.weight.detach(), old), initializer)
     _check_kept_whole(tokenizer, token)
     _add(tokenizer, token)
+    _pool_at_the_end(text_encoder, tokenizer)
     text_encoder.set_input_embeddings(ExtendedEmbedding(base, torch.cat([old, row])))
     return rows
 
@@ -77,6 +83,23 @@ def fold(text_encoder: PreTrainedModel) -> None:
         plain = embedding.plain()
         text_encoder.set_input_embeddings(plain)
         text_encoder.config.get_text_config().vocab_size = plain.num_embeddings
+
+
+def write_token(path: Path, token: str, row: Float[Tensor, " d"]) -> None:
+    """Write a token and its row as the file that `pipeline.load_textual_inversion` takes; goes with a LoRA file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, save({token: row.detach().to("cpu", torch.float32).reshape(1, -1).contiguous()}, {"format": "pt"}))
+
+
+def _pool_at_the_end(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """CLIP's old configurations (end token 2) pool at the prompt's highest id, which would be the new token's; the end token was it."""
+    config, end = text_encoder.config.get_text_config(), tokenizer.eos_token_id
+    if not isinstance(end, int) or config.eos_token_id != _OLD_END_ID:
+        return
+    config.eos_token_id = end
+    for module in text_encoder.modules():
+        if isinstance(module, CLIPTextModel):
+            module.eos_token_id = end
 
 
 def _add(tokenizer: PreTrainedTokenizerBase, token: str) -> None:

@@ -7,9 +7,11 @@ import torch
 from transformers import AutoTokenizer, CLIPTextModel
 
 from tests.tiny_models import tiny_tokenizer
-from tests.trainer.adapters.small import WIDTH, adapt, small_text_encoder
+from tests.trainer.adapters.small import WIDTH, adapt, pipeline, small_text_encoder, small_unet
 from trainer.adapters.lora import CLIP_TEXT_TARGETS, adapter_parameters
-from trainer.adapters.tokens import ExtendedEmbedding, add_token, fold, new_rows
+from trainer.adapters.lora_files import write_diffusers
+from trainer.adapters.tokens import ExtendedEmbedding, add_token, fold, new_rows, write_token
+from trainer.adapters.weights import adapter_weights
 
 
 def table_of(text_encoder: CLIPTextModel) -> torch.Tensor:
@@ -47,11 +49,11 @@ def test_prompts_without_the_token_are_encoded_as_before_and_the_token_as_its_in
 def test_two_tokens_train_and_all_other_rows_keep_their_bits() -> None:
     tokenizer, text_encoder = tiny_tokenizer(), small_text_encoder()
     table = table_of(text_encoder).clone()
-    text_encoder.requires_grad_(False)
     numbers = [add_token(tokenizer, text_encoder, token, initializer="cartoon") for token in ("<cmg>", "<cmh>")]
-    trained = [parameter for parameter in text_encoder.parameters() if parameter.requires_grad]
-    assert [tuple(parameter.shape) for parameter in trained] == [(2, WIDTH)]
-    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
+    trained = {name: parameter for name, parameter in text_encoder.named_parameters() if parameter.requires_grad}
+    of_tokens = {name: tuple(parameter.shape) for name, parameter in trained.items() if "token_embedding" in name}
+    assert of_tokens == {"embeddings.token_embedding.new_rows": (2, WIDTH)}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.1)  # the encoder trains too
     for _ in range(2):
         ids = tokenizer("a <cmg> cat", return_tensors="pt")["input_ids"]
         text_encoder(ids).last_hidden_state.square().mean().backward()
@@ -100,6 +102,36 @@ def test_a_token_beside_an_adapter_is_trained_with_it() -> None:
     add_token(tokenizer, text_encoder, "<cmg>", initializer="cartoon")
     trained = {name for name, parameter in text_encoder.named_parameters() if parameter.requires_grad}
     assert trained - set(adapter_parameters(text_encoder)) == {"embeddings.token_embedding.new_rows"}
+
+
+def test_prompts_are_still_pooled_at_their_end_by_an_encoder_with_clips_old_configuration() -> None:
+    tokenizer, text_encoder = tiny_tokenizer(), small_text_encoder()
+    tokenizer.eos_token = "[SEP]"
+    text_encoder.config.eos_token_id = text_encoder.eos_token_id = 2
+    add_token(tokenizer, text_encoder, "<cmg>", initializer="cartoon")
+    ids = tokenizer("a <cmg> cat", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        states = text_encoder(ids)
+    assert torch.equal(states.pooler_output, states.last_hidden_state[:, -1])
+    assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_stock_pipeline_takes_the_token_beside_the_adapter(tmp_path: Path) -> None:
+    tokenizer, text_encoder = tiny_tokenizer(), small_text_encoder()
+    adapt(text_encoder, targets=CLIP_TEXT_TARGETS)
+    number = add_token(tokenizer, text_encoder, "<cmg>", initializer="cartoon")
+    rows = new_rows(text_encoder)
+    assert rows is not None
+    write_token(tmp_path / "<cmg>.safetensors", "<cmg>", rows[0] + 0.5)
+    write_diffusers(tmp_path / "lora", {"text_encoder": adapter_weights(text_encoder)})
+    with torch.no_grad():
+        rows.add_(0.5)
+    stock = pipeline(small_unet(), small_text_encoder())
+    stock.load_textual_inversion(str(tmp_path / "<cmg>.safetensors"))
+    stock.load_lora_weights(str(tmp_path / "lora"))
+    assert stock.tokenizer.convert_tokens_to_ids("<cmg>") == number
+    wanted = encoded(tokenizer, text_encoder, "a <cmg> cat")
+    torch.testing.assert_close(encoded(stock.tokenizer, stock.text_encoder, "a <cmg> cat"), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
