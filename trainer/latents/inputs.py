@@ -251,7 +251,7 @@ def drawn_masks(config: RunConfig, batch: MicroBatch, step: int, *, side: int) -
     if masks is None:
         return None
     if masks.source == "stored":
-        return (batch.tensors["mask.png"] >= 128).float()
+        return batch.tensors["mask.png"].float()
     shares = {name: getattr(masks, name) for name in ("rectangle", "ellipse", "brush", "outpainting", "full")}
     return draw_masks(config.seed, step, batch.keys, size=(batch.images.shape[2], batch.images.shape[3]), shares=shares, cell=side)
 
