@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from data_shards import ranks
 from trainer.options import Options, integer, optional_text
 from trainer.tiny_models.encoders import write_blip, write_clip
@@ -24,6 +26,7 @@ def make_tiny_job(path: Path, options: Options) -> int:
     Raises: ValueError as make_tiny."""
     kind = check_kind(optional_text(options, "kind") or "")
     vocabulary = optional_text(options, "vocabulary") or (CLIP if clip_vocabulary_file() is not None else WORDS)
+    disable_progress_bar()
     if ranks.is_rank_0():
         make_tiny(kind, path, seed=integer(options, "seed", 0), vocabulary=vocabulary)
         size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -124,6 +124,7 @@ def test_kandinsky_goes_from_text_to_embeddings_to_images(tiny: Folder) -> None:
     for text in ("a cat", "a car"):
         wanted, unwanted = prior(text, num_inference_steps=2, generator=torch.Generator().manual_seed(0), return_dict=False)
         assert wanted.shape == unwanted.shape == (1, 32)
+        assert wanted.std() > 0.1, "the embeddings' spread, clip_std, is not set"
         images.append(drawn(decoder, image_embeds=wanted, negative_image_embeds=unwanted, height=64, width=64))
     assert np.abs(images[0] - images[1]).max() > 1e-3
 
