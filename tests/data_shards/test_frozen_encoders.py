@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from data_shards.derive.request import Precision
+from data_shards.encoders.check import check_content
 from data_shards.encoders.efficient_net import EfficientNetEncoder
 from data_shards.encoders.image import ImageEncoder, image_encoder
 from data_shards.encoders.text import TextEncoder
 from data_shards.encoders.vae import LatentEncoder
+from data_shards.index import ShardIndex
 from tests.tiny_models import tiny_clip_text, tiny_clip_vision, tiny_tokenizer, tiny_vae
 from tests.tiny_priors import movq
+from trainer.models import kandinsky, wuerstchen
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "a person of blue hair"]
@@ -99,3 +102,37 @@ def test_what_is_done_to_the_module_is_done_to_the_encoder(models: Path) -> None
             weight.zero_()
     (after,) = encode(encoder)
     assert before.abs().max() > 0 and after.abs().max() == 0
+
+
+def index_of(**made: Encoder) -> ShardIndex:
+    """Shards that hold what these encoders made."""
+    notes = {f"{name}.npy": encoder.to_json() for name, encoder in made.items()}
+    return ShardIndex(Path("shards"), None, {}, {}, {}, (), "0" * 64, derived=({"models": notes},))
+
+
+def test_stored_numbers_serve_the_models_that_they_fit_and_no_other(models: Path) -> None:
+    plain, projected, unmasked = (
+        TextEncoder(str(models / name), layer="last", tokens=8, masks=masks, precision="fp32", device=CPU)
+        for name, masks in (("clip_text", True), ("projected", True), ("clip_text", False))
+    )
+    vision, effnet, vq = (load(models, kind, precision="fp32") for kind in ("vision", "effnet", "movq"))
+    serving = (
+        (wuerstchen.STORED, index_of(text=plain, image=effnet)),
+        (kandinsky.STORED_PRIOR, index_of(text=projected, image=vision)),
+        (kandinsky.STORED_DECODER, index_of(latents=vq, image=vision)),
+    )
+    for stored, index in serving:
+        for extension, wanted in stored.items():
+            check_content(index, extension, wanted)
+    with pytest.raises(
+        ValueError, match=r"its text\.npy has content 'last_hidden_state, padding not masked', wanted 'last_hidden_state, pad"
+    ):
+        check_content(index_of(text=unmasked), "text.npy", wuerstchen.STORED["text.npy"])
+    with pytest.raises(
+        ValueError, match=r"its text\.npy has class 'CLIPTextModel', wanted 'CLIPTextModelWithProjection'; encode them again"
+    ):
+        check_content(index_of(text=plain), "text.npy", kandinsky.STORED_PRIOR["text.npy"])
+    with pytest.raises(ValueError, match=r"its image\.npy has class 'CLIPVisionModelWithProjection', wanted 'EfficientNetEncoder'"):
+        check_content(index_of(image=vision), "image.npy", wuerstchen.STORED["image.npy"])
+    with pytest.raises(ValueError, match=r"holds no latents\.npy of an encoder; encode them again"):
+        check_content(index_of(image=vision), "latents.npy", kandinsky.STORED_DECODER["latents.npy"])

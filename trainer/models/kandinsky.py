@@ -22,6 +22,16 @@ from trainer.models.frozen_inputs import image_states, latents, text_states
 
 # where peft puts adapters; the last two are the decoder's, whose attention has keys and values of the image embedding
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+_IMAGE: Mapping[str, tuple[str, ...]] = {"class": ("CLIPVisionModelWithProjection",)}
+# what encoders must have noted in shards whose tensors stand in for them
+STORED_PRIOR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "image.npy": _IMAGE,
+    "text.npy": {
+        "class": ("CLIPTextModelWithProjection",),
+        "content": ("last_hidden_state, padding masked", "last_hidden_state, padding not masked"),
+    },
+}
+STORED_DECODER: Mapping[str, Mapping[str, tuple[str, ...]]] = {"image.npy": _IMAGE, "latents.npy": {"class": ("VQModel",)}}
 
 
 @final

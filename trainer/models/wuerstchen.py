@@ -19,6 +19,11 @@ from trainer.models.frozen_inputs import image_states, text_states
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
 # where peft puts adapters; the last two are in the list of diffusers' own script, and no layer here is called so
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+# what encoders must have noted in shards whose tensors stand in for them: padding is not hidden from the prior, so its states matter
+STORED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "image.npy": {"class": ("EfficientNetEncoder",)},
+    "text.npy": {"content": ("last_hidden_state, padding masked",)},
+}
 
 
 @final
