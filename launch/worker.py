@@ -28,6 +28,7 @@ _JOBS = {
     "export": "trainer.export:export_job",
     "report": "trainer.report:report_job",
     "hash": "trainer.hash:hash_job",
+    "plan": "trainer.plan.job:plan_job",
     "import": "trainer.import_checkpoint:import_job",
     "caption": "data_shards.derive.caption:caption_job",
     "encode": "data_shards.derive.encode:encode_job",

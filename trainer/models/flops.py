@@ -66,6 +66,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     if "MIG" in name.split():
         return None
+    return named_peak(name, precision)
+
+
+def named_peak(name: str, precision: str) -> float | None:
+    """peak_flops of a GPU by the name that its driver gives it."""
     for pattern, fp32, bf16, fp16 in _PEAKS:
         if re.search(rf"\b{pattern}\b", name):
             teraflops = {"fp32": fp32, "bf16": bf16, "fp16": fp16}.get(precision)

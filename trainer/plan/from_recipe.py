@@ -1,0 +1,80 @@
+"""A recipe as the input of a plan: what `train` would build from it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from data_shards.index import ShardIndex
+from trainer.config import ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.models.activation_checkpointing import enable_activation_checkpointing
+from trainer.models.tiny_unet import build_tiny_unet, shard_units
+from trainer.plan.plan_input import Frozen, PlanInput, Shapes
+from trainer.plan.work import work_of
+
+_CHANNELS = 3
+_TEACHER_FORWARDS = 2
+"""Of a halving's target."""
+
+
+def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gpu: bool) -> PlanInput:
+    """What a plan of this recipe on so many ranks is made of.
+
+    Raises: ValueError where the recipe does not say how large the images are, and its shards are not there."""
+    match config.model:
+        case TinyUNetConfig() as model:
+            return _pixel(config, model, world_size=world_size, ranks_per_node=ranks_per_node, on_gpu=on_gpu)
+    raise ValueError(f"model.kind={config.model.kind}: plan does not know this kind of model; it knows tiny_unet")
+
+
+def _pixel(config: RunConfig, model: TinyUNetConfig, *, world_size: int, ranks_per_node: int, on_gpu: bool) -> PlanInput:
+    side = image_side(config)
+
+    def build() -> nn.Module:
+        return build_tiny_unet(model, side)
+
+    plan = PlanInput(
+        build=build,
+        units=shard_units,  # type: ignore[arg-type]  # of the network that build makes
+        enable_checkpointing=enable_activation_checkpointing,  # type: ignore[arg-type]
+        shapes=Shapes((_CHANNELS, side, side)),
+        engine=config.engine,
+        micro_batch_size=config.data.micro_batch_size,
+        micro_batches=config.micro_batches,
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        on_gpu=on_gpu,
+        activation_checkpointing=config.train.activation_checkpointing,
+        memory_format=config.train.memory_format,
+        optim=config.optim,
+        ema=config.ema,
+        steps=config.train.steps,
+        keep_checkpoints=kept_checkpoints(config),
+    )
+    if not isinstance(config.objective, ProgressiveDistillationConfig):
+        return plan
+    teacher = work_of(plan)
+    beside = Frozen("teacher", teacher.trained, flops_per_image=_TEACHER_FORWARDS * teacher.forward_flops)
+    return replace(plan, frozen=(beside,))
+
+
+def image_side(config: RunConfig) -> int:
+    """Pixels a side of the images that a run trains on."""
+    data = config.data
+    if data.image_size is not None:
+        return data.image_size
+    if data.faces is not None:
+        return data.faces.size
+    names = [source.shards for source in data.mixture] or [str(data.shards)]
+    missing = [name for name in names if not Path(name).is_dir()]
+    if missing:
+        raise ValueError(f"data.shards={missing[0]}: not there, so its images' size is not known; set data.image_size, such as 512")
+    return max(ShardIndex.load(Path(name)).side() for name in names)
+
+
+def kept_checkpoints(config: RunConfig) -> int:
+    """Checkpoints that lie on the disk at the end of a run."""
+    checkpoint = config.checkpoint
+    for_good = config.train.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
+    written = -(-config.train.steps // checkpoint.every_steps)
+    return min(written, checkpoint.keep_last + checkpoint.keep_best + for_good)

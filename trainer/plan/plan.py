@@ -1,0 +1,179 @@
+"""The plan of a run: memory of a rank, traffic, operations, time, money and disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from trainer.models.flops import named_peak
+from trainer.plan.fake_step import Measured, kept_activations, measure
+from trainer.plan.gpus import Gpu, Prices, gpu_named, usable_bytes
+from trainer.plan.plan_input import PlanInput
+from trainer.plan.traffic import bytes_sent
+from trainer.plan.work import Work, work_of
+
+_MOMENTS = 2
+_FLOAT_BYTES = 4
+
+
+@final
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, of the one that holds most."""
+
+    state: Mapping[str, int]
+    """What stays from step to step on the device, by kind."""
+    encoders: Mapping[str, int]
+    """Frozen models beside the trained one."""
+    at_peak: Mapping[str, int]
+    """Live tensors at the fullest moment of a step, by kind, encoders aside."""
+    peak: int
+    """Largest need of the device: a step, drawing samples, running the encoders or building the engine, whichever is most."""
+    fullest: str
+    """Which of them it is."""
+    activations: int
+    """What a forward pass keeps for the backward pass, without activation checkpointing."""
+    activations_checkpointed: int
+    """The same with it."""
+    host: int
+    """Main memory: the checkpoint that is being written, and what is offloaded."""
+
+
+@final
+@dataclass(frozen=True)
+class Speed:
+    """Time and money on one type of GPU; all estimates of the prices' assumptions."""
+
+    compute_seconds: float
+    traffic_seconds: float
+    host_seconds: float
+    """Of a step, between the device and its host's memory."""
+    overlapped: bool
+    """Whether the traffic goes on beside the computing."""
+    step_seconds: float
+    run_hours: float
+    usd: float
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it starts."""
+
+    source: PlanInput
+    work: Work
+    memory: Memory
+    sent: Mapping[str, int]
+    """Bytes that a rank sends in a step, by collective."""
+    flops_per_image: int
+    """Of a training step, without what is computed twice."""
+    step_flops: int
+    """Really computed in a step, by all ranks together."""
+    checkpoint_bytes: int
+    disk_bytes: int
+    """Of a run: the checkpoints that are kept, one that is being written, and the export."""
+    gpu: tuple[str, Gpu] | None
+    speed: Speed | None
+    """None where no type of GPU is given or it has no units for the precision."""
+    usable: int | None
+    """Bytes of the device that tensors may take; None where no type is given."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the device's memory; None where that is not known."""
+        return None if self.usable is None else self.memory.peak <= self.usable
+
+
+def make_plan(source: PlanInput, prices: Prices, gpu: str | None, *, work: Work | None = None) -> Plan:
+    """Measure a run on tensors without memory and reckon the rest. gpu: a name of the prices' table; work: if it is known already.
+
+    Raises: ValueError for a type that the table does not have, or ranks that do not divide as the engine needs."""
+    kind = None if gpu is None else gpu_named(prices, gpu)
+    work = work or work_of(source)
+    memory = _memory(source, work, measure(source))
+    sent = bytes_sent(source, work.parts)
+    beside = sum(frozen.flops_per_image for frozen in source.frozen)
+    twice = work.forward_flops if source.activation_checkpointing else 0
+    flops_per_image = work.forward_flops + work.backward_flops + beside
+    step_flops = source.global_batch_size * (flops_per_image + twice)
+    state_bytes = work.trained * _FLOAT_BYTES
+    checkpoint_bytes = state_bytes * (1 + _MOMENTS + source.averages)
+    plan = Plan(
+        source=source,
+        work=work,
+        memory=memory,
+        sent=sent,
+        flops_per_image=flops_per_image,
+        step_flops=step_flops,
+        checkpoint_bytes=checkpoint_bytes,
+        disk_bytes=checkpoint_bytes * (source.keep_checkpoints + 1) + state_bytes,
+        gpu=kind,
+        speed=None if kind is None else _speed(source, work, prices, kind[1], step_flops=step_flops, sent=sum(sent.values())),
+        usable=None if kind is None else usable_bytes(prices, kind[1]),
+    )
+    return plan
+
+
+def _memory(source: PlanInput, work: Work, measured: Measured) -> Memory:
+    state, at_peak, saved = dict(measured.state), dict(measured.at_peak), 0
+    offloaded: dict[str, int] = {}
+    if source.engine.cpu_offload:
+        moved = ("weights", "moments", "averages", "gradients", "frozen") if source.engine.kind == "fsdp" else ("moments", "averages")
+        offloaded = {kind: state.get(kind, 0) for kind in moved}
+        if source.engine.kind == "deepspeed":  # the fp32 partition that the optimizer moves
+            offloaded["weights"] = work.trained * _FLOAT_BYTES // source.world_size
+    for kind, size in offloaded.items():
+        state[kind] = state.get(kind, 0) - size
+        at_peak[kind] = at_peak.get(kind, 0) - size
+        saved += size
+    narrower = int(state.get("moments", 0) * (1 - source.moment_bytes / _FLOAT_BYTES))
+    for sizes in (state, at_peak):
+        sizes["moments"] = sizes.get("moments", 0) - narrower
+    saved += narrower
+    encoders = {frozen.name: _share(source, frozen.size_bytes) for frozen in source.frozen}
+    beside, held = sum(encoders.values()), sum(state.values())
+    own_weights = work.trained * _FLOAT_BYTES // (1 if source.engine.kind == "replicated" else source.world_size)
+    needs = {
+        "a training step": measured.peak - saved,
+        "building the engine": measured.build_peak,
+        "drawing samples with the averaged weights": held + own_weights,
+        "the frozen encoders": held + max((frozen.work_bytes for frozen in source.frozen), default=0),
+    }
+    fullest = max(needs, key=lambda need: needs[need])
+    staged = work.trained * _FLOAT_BYTES * (1 + _MOMENTS + source.averages) // source.world_size
+    return Memory(
+        state={kind: size for kind, size in state.items() if size},
+        encoders=encoders,
+        at_peak={kind: size for kind, size in at_peak.items() if size},
+        peak=needs[fullest] + beside,
+        fullest=fullest,
+        activations=kept_activations(source, checkpointing=False),
+        activations_checkpointed=kept_activations(source, checkpointing=True),
+        host=staged + sum(offloaded.values()),
+    )
+
+
+def _share(source: PlanInput, size_bytes: int) -> int:
+    shared = size_bytes > source.engine.shard_frozen_above_gib * 2**30
+    return size_bytes // source.world_size if shared else size_bytes
+
+
+def _speed(source: PlanInput, work: Work, prices: Prices, gpu: Gpu, *, step_flops: int, sent: int) -> Speed | None:
+    peak = named_peak(gpu.peak, source.engine.precision)
+    if peak is None:
+        return None
+    compute = step_flops / source.world_size / (peak * prices.utilisation) * source.compute_factor
+    one_node = source.world_size <= source.ranks_per_node
+    traffic = sent / ((gpu.node_gigabytes_per_second if one_node else prices.network_gigabytes_per_second) * 1e9)
+    host = _host_bytes(source, work) / (prices.host_gigabytes_per_second * 1e9)
+    overlapped = source.engine.kind != "replicated"
+    step = (max(compute, traffic) if overlapped else compute + traffic) + host
+    hours = step * source.steps / 3600
+    return Speed(compute, traffic, host, overlapped, step, hours, hours * source.world_size * gpu.usd_per_hour)
+
+
+def _host_bytes(source: PlanInput, work: Work) -> int:
+    """Between device and host in a step: shards of weights up for each pass, of gradients down."""
+    if not source.engine.cpu_offload:
+        return 0
+    share = work.trained * _FLOAT_BYTES // source.world_size
+    return share * (3 * source.accumulation if source.engine.kind == "fsdp" else 1 + source.accumulation)
