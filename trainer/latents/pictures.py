@@ -50,14 +50,21 @@ def can_draw(config: RunConfig) -> bool:
             return True
 
 
+def picture_side(config: RunConfig, image_size: int) -> int:
+    """Pixels a side of what a model draws that is trained on images of `image_size`: latents of the size that it has seen.
+
+    Wuerstchen's pipelines count 42.67 pixels for a latent's element, its encoder 32 of the training images."""
+    return round(image_size / 32 * 42.67) if isinstance(config.model, WuerstchenPriorConfig) else image_size
+
+
 @final
 class Pictures:
     """The validation pictures of one run."""
 
     def __init__(self, config: RunConfig, run_dir: Path, trained: Trained, inputs: Inputs, *, image_size: int, examples: Examples) -> None:
-        """image_size: side of the pictures in pixels."""
+        """image_size: side of the training images in pixels."""
         self.config, self.run_dir, self.trained, self.inputs = config, run_dir, trained, inputs
-        self.image_size, self.examples = image_size, examples
+        self.image_size, self.examples = picture_side(config, image_size), examples
         self.seeds = [config.validation.seed + number for number in range(config.logging.sample_images)]
 
     def draw(self, network: Network, step: int) -> Image.Image:

@@ -38,6 +38,7 @@ class TextStandIn:
 
 def stand_in(trained: Trained, network: Network, *, device: torch.device, tick: Tick) -> EngineStandIn:
     """For the U-Net or prior of the family's stock pipeline; calls the engine's network. Collective where that is."""
+    network = _of_fp32(network)
     match trained.module:
         case StableDiffusionDenoiser() as module:
             predict = network if module.text_encoder is None else _with_tokens(network)
@@ -52,6 +53,15 @@ def stand_in(trained: Trained, network: Network, *, device: torch.device, tick: 
             return stand_in_for_kandinsky_decoder(module.unet, network, device=device, tick=tick)
         case other:
             raise ValueError(f"{type(other).__name__} is no latent denoiser")
+
+
+def _of_fp32(network: Network) -> Network:
+    """The network told its conditioning in fp32, whatever the precision of the frozen encoders that made it."""
+
+    def predict(x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return network(x_t, timestep, {name: value.float() if value.is_floating_point() else value for name, value in cond.items()})
+
+    return predict
 
 
 def _with_tokens(network: Network) -> Network:

@@ -106,11 +106,11 @@ class KandinskyDecoderDenoiser(nn.Module):
         self.unet = unet
 
     def forward(self, x_t: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"], cond: Mapping[str, Tensor]) -> UNet2DOutput:
-        """eps. cond: image, CLIP's image embedding, not standardised; the U-Net is told no text.
+        """eps, and behind it on the channels a variance that pipelines sample with and no objective trains.
 
-        The other half of its channels, a learned variance, gets no gradient."""
+        cond: image, CLIP's image embedding, not standardised; the U-Net is told no text."""
         output = self.unet(x_t, timestep, encoder_hidden_states=None, added_cond_kwargs={"image_embeds": cond["image"]})
-        return UNet2DOutput(sample=output.sample[:, : x_t.shape[1]])
+        return UNet2DOutput(sample=output.sample)
 
     def units(self) -> tuple[nn.Module, ...]:
         """The parts whose weights a sharded engine gathers together, in the order of the forward pass; the rest is one more."""
