@@ -16,6 +16,7 @@ from launch.arguments import (
     Follow,
     Here,
     Overrides,
+    Prompts,
     Ranks,
     Recipe,
     RunDir,
@@ -109,19 +110,63 @@ def distill(
 @app.command()
 def sample(
     source: Source,
+    prompt: Prompts = None,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sampling steps. Default: the model's own.")] = None,
-    images: Annotated[int, typer.Option(min=1, metavar="K", help="Number of images.")] = 16,
+    images: Annotated[int | None, typer.Option(min=1, metavar="K", help="Number of images: 16, or of each prompt 4.")] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Image i starts from noise of seed S + i.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE.png|DIR", help="A grid as .png, or a directory for single images too.")] = Path(
         "samples.png"
     ),
     sampler: SamplerOption = None,
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to draw.")] = None,
+    guidance: Annotated[float | None, typer.Option(metavar="G", help="Pull towards the prompt; 1 is none.")] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(min=0, max=1, metavar="R", help="Against too strong contrast of high guidance (arXiv:2305.08891).")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="N|WxH", help="Pixels, such as 512 or 768x512. Default: as in training, or the pipeline's.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Of inpainting: the image to be filled.")] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="Of inpainting: its mask, white where it is painted.")] = None,
+    lora: Annotated[Path | None, typer.Option(metavar="FILE|DIR", help="A LoRA to put on, in diffusers' or kohya's form.")] = None,
+    lora_scale: Annotated[float | None, typer.Option(metavar="S", help="How much a LoRA counts. Default: 1.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR|ID", help="Of a LoRA's export: its base, where it is not found.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(metavar="DIR|ID", help="Of Wuerstchen's and Kandinsky's priors: the decoder. Default: the recipe's.")
+    ] = None,
+    prior: Annotated[str | None, typer.Option(metavar="DIR|ID", help="Of Kandinsky's decoder: the prior. Default: the recipe's.")] = None,
+    decoder_steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sampling steps of the decoder beside a prior.")] = None,
+    decoder_guidance: Annotated[float | None, typer.Option(metavar="G", help="Guidance of that decoder.")] = None,
     ranks: Ranks = None,
 ) -> None:
-    """Draw images from a run, a chain or an export.
+    """Draw images from a run, a chain, an export or a stock pipeline's folder; models that read text want --prompt.
 
-    Example:  halfstep sample runs/demo --steps 4 --images 16 --seed 7 --out grid.png"""
-    options = {"steps": steps, "images": images, "seed": seed, "out": str(out), "sampler": sampler}
+    Example:  halfstep sample runs/demo --steps 4 --images 16 --seed 7 --out grid.png
+
+    Example:  halfstep sample runs/cartoons --prompt "a woman" --negative-prompt blurry --guidance 6
+
+    Example:  halfstep sample runs/fill/export --prompt "a <cmg>cartoon car" --image car.png --mask mask.png"""
+    options = {
+        "prompts": prompt or None,
+        "steps": steps,
+        "images": images,
+        "seed": seed,
+        "out": str(out),
+        "sampler": sampler,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+        "guidance_rescale": guidance_rescale,
+        "size": size,
+        "image": None if image is None else str(image),
+        "mask": None if mask is None else str(mask),
+        "lora": None if lora is None else str(lora),
+        "lora_scale": lora_scale,
+        "base": base,
+        "decoder": decoder,
+        "prior": prior,
+        "decoder_steps": decoder_steps,
+        "decoder_guidance": decoder_guidance,
+    }
     end(_run("sample", existing(source), options, ranks=ranks))
 
 
@@ -169,14 +214,19 @@ def export(
         float | None,
         typer.Option(min=0, max=1, metavar="DECAY", help="The average of this decay, one of ema.more_decays. Default: that of ema.decay."),
     ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of a LoRA: folded into its base, a whole pipeline, instead of the LoRA alone.")
+    ] = False,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload to this Hugging Face repository, owner/name, too.")] = None,
 ) -> None:
-    """Write a folder that stock diffusers loads, with EMA weights and a model card.
+    """Write a folder that stock diffusers loads, with EMA weights and a model card: a pipeline, or a LoRA (in kohya's form, too).
 
     Example:  halfstep export runs/demo --steps 4 --out faces-4-steps
 
-    Example:  halfstep export runs/mine --ema 0.999 --out faces-smoother"""
-    options = {"out": None if out is None else str(out), "steps": steps, "ema": ema, "push": push}
+    Example:  halfstep export runs/mine --ema 0.999 --out faces-smoother
+
+    Example:  halfstep export runs/cartoons --merged --out cartoons"""
+    options = {"out": None if out is None else str(out), "steps": steps, "ema": ema, "merged": merged, "push": push}
     end(_run("export", existing(run_dir), options, ranks=1))
 
 
@@ -265,6 +315,27 @@ def import_checkpoint(
 
     Example:  halfstep import-checkpoint model.pt --out model.safetensors"""
     end(_run("import", existing_file(file), {"out": str(out)}, ranks=1))
+
+
+@app.command("make-tiny")
+def make_tiny(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Which model, see below.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="The same kind and seed give the same bytes.")] = 0,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(metavar="words|clip|FILE", help="Of its tokenizer. Default: clip where open-clip-torch is installed, else words."),
+    ] = None,
+) -> None:
+    """Write a small random model with the structure of a well-known one, to try a recipe without a download.
+
+    Kinds: stable_diffusion, stable_diffusion_v, stable_diffusion_inpainting, stable_diffusion_xl, wuerstchen_prior,
+    kandinsky22_prior, kandinsky22_decoder, autoencoder, clip, blip.
+
+    Example:  halfstep make-tiny stable_diffusion_v tiny-sd"""
+    from trainer.tiny_models.kinds import check_kind
+
+    end(_run("make-tiny", folder, {"kind": check_kind(kind), "seed": seed, "vocabulary": vocabulary}, ranks=1))
 
 
 @app.command("hash")

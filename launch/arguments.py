@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -34,11 +34,17 @@ Sweep = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=V1,V2,...", help="A run for each value, below the run's folder; given twice, for each combination."),
 ]
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's directory, a chain's directory or an export.")]
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's directory, a chain's, an export, or a pipeline's folder.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's or a chain's directory.")]
 SamplerOption = Annotated[
-    Literal["ddim", "ancestral"] | None, typer.Option(help="ddim or ancestral. Default: the one that the model was made for.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Of pixel models ddim or ancestral; of Stable Diffusion ddim, ddpm, dpm++, euler, euler-ancestral, heun, pndm or unipc. "
+        "Default: the model's own.",
+    ),
 ]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw; again for each further prompt.")]
 
 
 def end(code: int) -> NoReturn:

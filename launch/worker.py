@@ -29,6 +29,7 @@ _JOBS = {
     "report": "trainer.report:report_job",
     "hash": "trainer.hash:hash_job",
     "plan": "trainer.plan.job:plan_job",
+    "make-tiny": "trainer.tiny_models.make:make_tiny_job",
     "import": "trainer.import_checkpoint:import_job",
     "caption": "data_shards.derive.caption:caption_job",
     "encode": "data_shards.derive.encode:encode_job",

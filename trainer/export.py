@@ -1,10 +1,6 @@
 """Export: EMA weights as a folder that stock diffusers loads and that draws the same images, whole or absent."""
 
 import logging
-import os
-import re
-import shutil
-import uuid
 from pathlib import Path
 from typing import Literal
 
@@ -16,20 +12,20 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from data_shards import ranks
-from data_shards.files import content_record, fsync_directory, json_text, read_json_object, write_durable
-from trainer.config import Prediction, ProgressiveDistillationConfig, RunConfig
+from data_shards.files import json_text, read_json_object
+from trainer.config import Prediction
 from trainer.config_io import dump_yaml
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import respaced_betas
+from trainer.export_folder import exported_checkpoint, exported_sha256, is_export, portable_recipe, push_export, seal, write_folder
 from trainer.model_card import model_card
-from trainer.options import Options, optional_integer, optional_number, optional_text
+from trainer.options import Options, flag, optional_integer, optional_number, optional_text
 from trainer.sample import draw_images, grid_image, png
-from trainer.source import TIME_TABLE, Source, load_source, time_table, verified_contents
+from trainer.source import TIME_TABLE, Source, is_latent, load_source, time_table
 from trainer.stages import halving_counts
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 MAX_CARD_STEPS = 32
 CARD_IMAGES = 8
 _PREDICTION_TYPES: dict[Prediction, Literal["epsilon", "sample", "v_prediction"]] = {"v": "v_prediction", "eps": "epsilon", "x_0": "sample"}
@@ -38,24 +34,16 @@ _PREDICTION_TYPES: dict[Prediction, Literal["epsilon", "sample", "v_prediction"]
 def export_job(path: Path, options: Options) -> int:
     """Export a RUN_DIR, or the stage of a chain that samples in `steps` steps, and push it where asked to. Returns the exit code.
 
-    options: out (default: PATH/export), steps (of a chain: required), ema (decay of the average; default: the run's first), push (a
-    Hub repository, owner/name).
+    options: out (default: PATH/export), steps (of a chain: required), ema (decay of the average; default: the run's first), merged (of
+    a LoRA: folded into its base, a whole pipeline; then `out` is required), push (a Hub repository, owner/name).
     A push that fails is reported and ends with 1; the export itself stays.
     Raises: ValueError for a bad source or target."""
     if not ranks.is_rank_0():
         return 0
-    steps, push = optional_integer(options, "steps"), optional_text(options, "push")
-    if (path / "model_index.json").exists():
+    push = optional_text(options, "push")
+    if is_export(path):
         raise ValueError(f"{path}: is an export already; give a RUN_DIR or a chain's directory")
-    source = load_source(path, steps, ema=optional_number(options, "ema"))
-    if steps is not None and source.descriptor.step_count != steps:
-        raise ValueError(
-            f"{path}: no model samples in {steps} steps there, {source.path} takes {source.descriptor.step_count}; export that or --steps"
-        )
-    if steps is None and source.path != path:
-        raise ValueError(f"{path}: a chain has a model per step count; say which one: --steps N")
-    folder = write_export(source, Path(optional_text(options, "out") or source.path / "export"), repository=push)
-    logger.info("%s: loads with diffusers, %d steps", folder, source.descriptor.step_count)
+    folder = _export_latent(path, options, push) if is_latent(path) else _export_pixels(path, options, push)
     if push is None:
         return 0
     try:
@@ -68,27 +56,41 @@ def export_job(path: Path, options: Options) -> int:
 
 def export_run(run_dir: Path) -> Path:
     """Export a run's newest checkpoint to RUN_DIR/export, unless that holds it already."""
+    if is_latent(run_dir):
+        from trainer.latents.export import export_latent_run
+
+        return export_latent_run(run_dir, run_dir / "export")
     return write_export(load_source(run_dir), run_dir / "export")
 
 
-def exported_sha256(folder: Path) -> str | None:
-    """sha256 of the weights that an export holds; None where there is no whole export."""
-    return _fact(folder, "weights_sha256")
+def _export_pixels(path: Path, options: Options, push: str | None) -> Path:
+    steps = optional_integer(options, "steps")
+    if flag(options, "merged"):
+        raise ValueError(f"--merged: {path} is no LoRA of a latent model; leave --merged out")
+    source = load_source(path, steps, ema=optional_number(options, "ema"))
+    if steps is not None and source.descriptor.step_count != steps:
+        raise ValueError(
+            f"{path}: no model samples in {steps} steps there, {source.path} takes {source.descriptor.step_count}; export that or --steps"
+        )
+    if steps is None and source.path != path:
+        raise ValueError(f"{path}: a chain has a model per step count; say which one: --steps N")
+    folder = write_export(source, Path(optional_text(options, "out") or source.path / "export"), repository=push)
+    logger.info("%s: loads with diffusers, %d steps", folder, source.descriptor.step_count)
+    return folder
 
 
-def exported_checkpoint(folder: Path) -> str | None:
-    """sha256 of the checkpoint that an export was made from; None where there is no whole export of one."""
-    return _fact(folder, "checkpoint_sha256")
+def _export_latent(path: Path, options: Options, push: str | None) -> Path:
+    from trainer.latents.export import export_latent_run
 
-
-def _fact(folder: Path, name: str) -> str | None:
-    try:
-        manifest = read_json_object(folder / "manifest.json")
-        verified_contents(folder, manifest)
-    except ValueError:
-        return None
-    digest = manifest.get(name)
-    return digest if isinstance(digest, str) else None
+    merged, out = flag(options, "merged"), optional_text(options, "out")
+    if optional_integer(options, "steps") is not None:
+        raise ValueError(f"--steps: {path} is no chain of halvings; leave --steps out")
+    if merged and out is None:
+        raise ValueError("--merged: give the new folder, --out DIR; RUN_DIR/export is for the LoRA itself")
+    ema = optional_number(options, "ema")
+    folder = export_latent_run(path, Path(out or path / "export"), merged=merged, ema=ema, repository=push, may_draw=True)
+    logger.info("%s: loads with diffusers, README.md says how", folder)
+    return folder
 
 
 def write_export(source: Source, out: Path, *, repository: str | None = None) -> Path:
@@ -99,18 +101,7 @@ def write_export(source: Source, out: Path, *, repository: str | None = None) ->
     same = exported_sha256(out) == source.weights_sha256 and exported_checkpoint(out) == source.checkpoint_sha256
     if same and read_json_object(out / "descriptor.json") == source.descriptor.to_json():
         return out
-    if out.exists() and not (out / "model_index.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is not an export and not empty; give --out another name or move it away")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f".{out.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        _fill(temporary, source, name=repository or out.name)
-        _commit(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
+    return write_folder(out, lambda folder: _fill(folder, source, name=repository or out.name))
 
 
 def export_unet(source: Source) -> UNet2DModel:
@@ -162,32 +153,6 @@ def export_pipeline(source: Source) -> DDIMPipeline | DDPMPipeline:
             return DDPMPipeline(unet=unet, scheduler=ddpm)
 
 
-def push_export(folder: Path, repository: str, *, endpoint: str | None = None) -> str:
-    """Upload an export to a model repository of the Hugging Face Hub, made where there is none; returns its address.
-
-    endpoint: the Hub's address; None for huggingface_hub's own. The token is that of `hf auth login` or of the environment; it is
-    read by huggingface_hub alone.
-    Raises: RuntimeError if the Hub cannot be reached or refuses; ValueError if `repository` is not owner/name."""
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import HFValidationError
-    except ImportError as error:
-        raise RuntimeError("--push needs huggingface_hub: pip install 'halfstep[hub]'") from error
-    try:
-        hub = huggingface_hub.HfApi(endpoint=endpoint)
-        hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by halfstep")
-    except HFValidationError as error:
-        raise ValueError(f"--push {repository}: wanted owner/name: {_first_line(error)}") from error
-    # The Hub's client has two transports with unrelated exceptions; whatever went wrong, the export itself is whole.
-    except Exception as error:
-        raise RuntimeError(
-            f"--push {repository}: the Hub was not reached or refused: {type(error).__name__}: {_first_line(error)}; "
-            f"the export is complete in {folder}: log in with `hf auth login`, then run the same command again"
-        ) from None
-    return f"https://huggingface.co/{repository}"
-
-
 def _fill(folder: Path, source: Source, *, name: str) -> None:
     """Write all files of an export, the manifest last, and wait until the disk holds them."""
     descriptor = source.descriptor
@@ -200,46 +165,12 @@ def _fill(folder: Path, source: Source, *, name: str) -> None:
     (folder / "descriptor.json").write_text(json_text(descriptor.to_json()))
     (folder / "recipe.yaml").write_text(dump_yaml(portable_recipe(source.recipe)))
     (folder / "README.md").write_text(model_card(source, name=name, pipeline=type(pipeline).__name__, sample_steps=steps))
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "weights_sha256": source.weights_sha256,
-        "checkpoint_sha256": source.checkpoint_sha256,
-        "trained_steps": source.trained_steps,
-        "files": {file: content_record((folder / file).read_bytes()) for file in names},
-    }
-    write_durable(folder / "manifest.json", json_text(manifest).encode())
-    # fsync of a file is the same call as of a directory: on the descriptor of whatever the name opens.
-    for path in (*folder.rglob("*"), folder):
-        fsync_directory(path)
+    seal(
+        folder,
+        {"weights_sha256": source.weights_sha256, "checkpoint_sha256": source.checkpoint_sha256, "trained_steps": source.trained_steps},
+    )
 
 
 def card_steps(descriptor: Descriptor) -> int:
     """In how many steps the card's images are drawn: the model's own, or where those take minutes the most of its halvings that do not."""
     return next(count for count in halving_counts(descriptor.step_count, 1) if count <= MAX_CARD_STEPS)
-
-
-def portable_recipe(recipe: RunConfig) -> RunConfig:
-    """A recipe to hand on: of data and teacher the folders' names, not where they lie on this machine."""
-    shards = recipe.data.shards and Path(recipe.data.shards).name
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": shards})})
-    if not isinstance(recipe.objective, ProgressiveDistillationConfig):
-        return recipe
-    teacher = Path(recipe.objective.teacher).name
-    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": teacher})})
-
-
-def _commit(temporary: Path, out: Path) -> None:
-    """Give a finished folder its name; an older export there is moved aside first and deleted last."""
-    older = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex}-older")
-    if out.exists():
-        os.rename(out, older)
-    os.rename(temporary, out)
-    fsync_directory(out.parent)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a message, without anything that looks like a token."""
-    lines = str(error).strip().splitlines()
-    return re.sub(r"hf_\w+", "hf_...", lines[0]) if lines else "no reason given"

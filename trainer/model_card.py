@@ -25,7 +25,7 @@ def model_card(source: Source, *, name: str, pipeline: str, sample_steps: int) -
         f"![{sample_steps} sampling steps from fixed noise](samples.png)\n\nsamples.png: {sample_steps} sampling steps, seed 0.",
         _usage(source, name=name, pipeline=pipeline),
         _made_from(source),
-        _data_section(data),
+        data_section(data),
         _metrics_section(source),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -33,8 +33,12 @@ def model_card(source: Source, *, name: str, pipeline: str, sample_steps: int) -
 
 def find_data(source: Source) -> ShardIndex | None:
     """The index of the shards that a run was trained on; None where they are no longer there."""
-    shards = source.recipe.data.shards or "shards"
-    for place in (source.path / shards, source.path.parent / shards, Path(shards)):
+    return find_index(source.recipe.data.shards or "shards", source.path)
+
+
+def find_index(shards: str, run_dir: Path) -> ShardIndex | None:
+    """The index of a folder of shards that a recipe names, in or beside the run's folder; None where it is no longer there."""
+    for place in (run_dir / shards, run_dir.parent / shards, Path(shards)):
         if (place / "index.json").exists():
             return ShardIndex.load(place)
     return None
@@ -101,11 +105,12 @@ def _made_from(source: Source) -> str:
         "Weights (sha256)": f"`{source.weights_sha256}`",
         "Teacher (sha256)": f"`{descriptor.teacher_sha256}`" if descriptor.teacher_sha256 else "none",
     }
-    table = _table(("", ""), tuple(rows.items()))
-    return f"## Recipe\n\n{table}\n\nThe whole of it is in `recipe.yaml`; `descriptor.json` says what the weights mean."
+    recipe_table = table(("", ""), tuple(rows.items()))
+    return f"## Recipe\n\n{recipe_table}\n\nThe whole of it is in `recipe.yaml`; `descriptor.json` says what the weights mean."
 
 
-def _data_section(data: ShardIndex | None) -> str:
+def data_section(data: ShardIndex | None) -> str:
+    """What is known of the training images, and who has to be named."""
     if data is None:
         return "## Data\n\nThe shards were not at hand when this card was written; see `recipe.yaml`."
     licence = data.licence
@@ -115,7 +120,7 @@ def _data_section(data: ShardIndex | None) -> str:
         rows.append(("By", ", ".join(map(_plain, creators)) + (" (name them)" if licence.get("attribution_required") else "")))
     rows += [(key.replace("_", " ").capitalize(), _plain(value)) for key, value in data.source.items() if isinstance(value, str | int)]
     rows.append(("Index (sha256)", f"`{data.sha256}`"))
-    return f"## Data\n\n{_table(('', ''), rows)}"
+    return f"## Data\n\n{table(('', ''), rows)}"
 
 
 def _licence(licence: Mapping[str, object]) -> str:
@@ -139,7 +144,7 @@ def _metrics_section(source: Source) -> str:
             head = ("Steps", "Frechet distance", "KID", "Seconds an image")
             network = _plain(entries[0].get("feature_net"))
             note = f"By halfstep's own feature net ({network}); not comparable with distances of other feature nets."
-            return f"## Metrics\n\n{_table(head, rows)}\n\n{note}"
+            return f"## Metrics\n\n{table(head, rows)}\n\n{note}"
     return ""
 
 
@@ -157,6 +162,7 @@ def _plain(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = (head, ("---",) * len(head), *rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

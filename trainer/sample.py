@@ -22,7 +22,7 @@ from trainer.descriptor import Descriptor
 from trainer.diffusion.sampler import draw_noise, sample, sampling_grid
 from trainer.models.tiny_unet import Denoiser
 from trainer.options import Options, integer, optional_integer, optional_text
-from trainer.source import Source, denoiser_on, load_source
+from trainer.source import Source, denoiser_on, is_latent, load_source
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class NoiseLevels(Protocol):
 def sample_job(path: Path, options: Options) -> int:
     """Draw images from `path` and write them: a grid where `out` names a .png, else a folder of a grid and single images.
 
-    options: steps (default: the model's own), images, seed, out, sampler (default: the model's own), batch_size.
-    Returns the exit code.
+    options: steps (default: the model's own), images, seed, out, sampler (default: the model's own), batch_size; of models that are
+    told what to draw also those of trainer.latents.drawing.sample_prompts. Returns the exit code.
     Raises: ValueError for a bad source, step count, image count or sampler. Collective."""
     steps, count = optional_integer(options, "steps"), integer(options, "images", 16)
     seed, batch_size = integer(options, "seed", 0), integer(options, "batch_size", DEFAULT_BATCH_SIZE)
@@ -55,6 +55,11 @@ def sample_job(path: Path, options: Options) -> int:
         raise ValueError(f"--images {count} and --batch-size {batch_size} must be at least 1")
     if out.suffix.lower() in OTHER_IMAGE_SUFFIXES:
         raise ValueError(f"--out {out}: grids are written as PNG; give a name that ends in .png, or a folder")
+    if is_latent(path):
+        from trainer.latents.drawing import sample_prompts
+
+        return sample_prompts(path, options)
+    _refuse_prompts(options)
     source, sampler = load_source(path, steps), chosen_sampler(options)
     steps = steps or source.descriptor.step_count
     started = time.perf_counter()
@@ -67,6 +72,18 @@ def sample_job(path: Path, options: Options) -> int:
         sampler = sampler or source.descriptor.sampler
         logger.info("%s: %d images of seed %d in %d %s steps, %.1f seconds", written, count, seed, steps, sampler, seconds)
     return 0
+
+
+def _refuse_prompts(options: Options) -> None:
+    """For a model of pixels, which has no text, nor a second model beside it."""
+    for name in ("base", "decoder", "prior", "lora", "lora_scale"):
+        if options.get(name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: this model draws images of one kind with nothing beside it; leave {option} out")
+    if any(options.get(name) for name in options.keys() - {"steps", "images", "seed", "out", "sampler", "batch_size"}):
+        from trainer.prompting.requests import asked, refuse_prompts
+
+        refuse_prompts(asked(options))
 
 
 def chosen_sampler(options: Options) -> Sampler | None:

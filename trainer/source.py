@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_shards.files import content_record, read_json_object
 from trainer.chain import read_chain
 from trainer.checkpoint import read_tensors
-from trainer.config import RunConfig, pixel_model, pixel_objective
+from trainer.config import RunConfig, TinyUNetConfig, pixel_model, pixel_objective
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
@@ -27,6 +27,7 @@ from trainer.models.tiny_unet import Denoiser, build_tiny_unet
 
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 TIME_TABLE = "time_proj.weight"
+_PIXEL_PIPELINES = ("DDIMPipeline", "DDPMPipeline")
 
 
 @final
@@ -68,6 +69,15 @@ def load_source(path: Path, steps: int | None = None, *, ema: float | None = Non
     raise ValueError(f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json) nor an export (model_index.json); give one of these")
 
 
+def is_latent(path: Path) -> bool:
+    """Whether a folder is of latents: a run's, its export, or any stock pipeline but those of pixel models' exports."""
+    if (path / "model_index.json").is_file():
+        return read_json_object(path / "model_index.json").get("_class_name") not in _PIXEL_PIPELINES
+    if (path / "chain.json").exists() or not (path / "recipe.yaml").is_file():
+        return False
+    return not isinstance(load_recipe(path / "recipe.yaml", ()).model, TinyUNetConfig)
+
+
 def denoiser_on(model: nn.Module, device: torch.device, *, precision: str = "fp32") -> Denoiser:
     """A network as a plain function on `device`, to which it is moved; precision: of its activations, the output is fp32."""
     predict = network(model.to(device))
@@ -96,11 +106,11 @@ def _load_run(run_dir: Path, *, ema: float | None) -> Source:
         )
     manifest = checkpoint.path / "manifest.json"
     descriptor = Descriptor.from_json(checkpoint.manifest.get("descriptor"), where=str(manifest))
-    recipe, tensors = load_recipe(recipe_path, ()), read_tensors(checkpoint, _average(checkpoint, ema))
+    recipe, tensors = load_recipe(recipe_path, ()), read_tensors(checkpoint, average_part(checkpoint, ema))
     return _assemble(run_dir, descriptor, recipe=recipe, tensors=tensors, checkpoint=checkpoint)
 
 
-def _average(checkpoint: Checkpoint, decay: float | None) -> str:
+def average_part(checkpoint: Checkpoint, decay: float | None) -> str:
     """The part of a checkpoint that holds the average of this decay; None: the first one.
 
     Raises: ValueError naming the decays that there are."""
@@ -163,7 +173,7 @@ def _assemble(
     # On the meta device no random number is drawn and no memory taken before the weights are there.
     with torch.device("meta"):
         model = build_tiny_unet(pixel_model(recipe), descriptor.image_size, image_channels=descriptor.channels)
-    _check_tensors(path, tensors, model.state_dict())
+    check_tensors(path, tensors, model.state_dict())
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return Source(
         model=model.requires_grad_(False).eval(),
@@ -206,7 +216,7 @@ def _check_descriptor(path: Path, descriptor: Descriptor, recipe: RunConfig, *, 
         )
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise ValueError if names or shapes are not those of the recipe's model."""
     for name in sorted(tensors.keys() | wanted.keys()):
         got = tuple(tensors[name].shape) if name in tensors else "missing"
