@@ -59,6 +59,8 @@ class Inputs:
     vae: LatentEncoder | None = None
     text: TextEncoder | None = None
     image: ImageEncoder | None = None
+    unscaled: Callable[[Tensor], Tensor] | None = None
+    """x_0 back on its encoder's scale, where a pipeline has to ask for it: of Kandinsky's prior."""
 
     def shape(self, batch: MicroBatch) -> tuple[int, ...]:
         """Of a micro-batch's x_0. Raises: ValueError for images that have no whole latent."""
@@ -128,7 +130,11 @@ def build_inputs(config: RunConfig, trained: Trained, *, device: torch.device) -
                 embeds = statistics.standardise(image_states(batch, image, device=device))
                 return embeds, dropped(batch, draws.caption_dropped)
 
-            return Inputs(needed_fields(config), width, None, "image.npy", False, encode_embedding, text=text, image=image)
+            def unscaled(embeds: Tensor) -> Tensor:
+                return embeds * statistics.std.to(embeds) + statistics.mean.to(embeds)
+
+            fields = needed_fields(config)
+            return Inputs(fields, width, None, "image.npy", False, encode_embedding, text=text, image=image, unscaled=unscaled)
         case Kandinsky22DecoderConfig():
             image = None if model.latents == "stored" else _image(config, model.prior, device=device)
             movq = None if model.latents == "stored" else _vae(config, model.base, device=device)

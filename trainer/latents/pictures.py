@@ -54,7 +54,7 @@ def picture_side(config: RunConfig, image_size: int) -> int:
     """Pixels a side of what a model draws that is trained on images of `image_size`: latents of the size that it has seen.
 
     Wuerstchen's pipelines count 42.67 pixels for a latent's element, its encoder 32 of the training images."""
-    return round(image_size / 32 * 42.67) if isinstance(config.model, WuerstchenPriorConfig) else image_size
+    return int(image_size / 32 * 42.67) if isinstance(config.model, WuerstchenPriorConfig) else image_size
 
 
 @final
@@ -145,7 +145,9 @@ class Pictures:
             tokenizer=self.trained.tokenizer,
             vae=self.inputs.vae and self.inputs.vae.module,
         )
-        pipeline = assemble(self.config, stand_in(self.trained, network, device=device, tick=no_tick), parts, device=device)
+        pipeline = assemble(
+            self.config, stand_in(self.trained, network, device=device, tick=no_tick, unscaled=self.inputs.unscaled), parts, device=device
+        )
         match model:
             case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
                 assert model.decoder is not None, "can_draw asks for it"

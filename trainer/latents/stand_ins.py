@@ -1,5 +1,6 @@
 """What stands in stock pipelines for the networks that an engine trains."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import final
 
@@ -36,8 +37,12 @@ class TextStandIn:
         return (ids.unsqueeze(-1).float(),)
 
 
-def stand_in(trained: Trained, network: Network, *, device: torch.device, tick: Tick) -> EngineStandIn:
-    """For the U-Net or prior of the family's stock pipeline; calls the engine's network. Collective where that is."""
+def stand_in(
+    trained: Trained, network: Network, *, device: torch.device, tick: Tick, unscaled: Callable[[Tensor], Tensor] | None = None
+) -> EngineStandIn:
+    """For the U-Net or prior of the family's stock pipeline; calls the engine's network. Collective where that is.
+
+    unscaled: of Kandinsky's prior, whose own statistics an engine may have sharded: embeddings back to CLIP's scale."""
     network = _of_fp32(network)
     match trained.module:
         case StableDiffusionDenoiser() as module:
@@ -48,7 +53,7 @@ def stand_in(trained: Trained, network: Network, *, device: torch.device, tick: 
         case WuerstchenPriorDenoiser() as module:
             return stand_in_for_wuerstchen_prior(module.prior, network, device=device, tick=tick)
         case KandinskyPriorDenoiser() as module:
-            return stand_in_for_kandinsky_prior(module.prior, network, device=device, tick=tick)
+            return stand_in_for_kandinsky_prior(module.prior, network, device=device, tick=tick, post_process_latents=unscaled)
         case KandinskyDecoderDenoiser() as module:
             return stand_in_for_kandinsky_decoder(module.unet, network, device=device, tick=tick)
         case other:

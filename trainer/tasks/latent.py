@@ -1,6 +1,6 @@
 """Latent models: a base fine-tuned, or a small one trained from scratch, in the latents of a frozen autoencoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_shards import ranks
-from data_shards.encoders.check import check_encoder
+from data_shards.encoders.check import check_content, check_encoder
 from data_shards.reading.sample import MicroBatch
 from trainer.config import Kandinsky22DecoderConfig, LatentBaseConfig, LoraAdaptation, RunConfig, WuerstchenPriorConfig
 from trainer.config_latent import LatentDenoisingConfig
@@ -23,6 +23,7 @@ from trainer.latents.inputs import Cond, Inputs, build_inputs, drawn_masks, flip
 from trainer.latents.pictures import Pictures, can_draw
 from trainer.latents.trained import Trained, build_trained, latent_config, latent_objective
 from trainer.masks import latent_mask
+from trainer.models import kandinsky, wuerstchen
 from trainer.models.attention import Kernels, use_attention
 from trainer.models.dropout import use_logical_dropout
 from trainer.models.flops import flops_of
@@ -36,6 +37,14 @@ from trainer.training_data import TrainingData
 
 # A backward pass is two forwards' worth of operations.
 _TRAINED_FORWARDS = 3
+# What stored members must hold, by kind of model and member.
+_CONTENTS: Mapping[str, Mapping[str, Mapping[str, Collection[str]]]] = {
+    "stable_diffusion": {"text.npy": {"content": ("last_hidden_state, padding not masked",)}, "latents.npy": {"class": ("AutoencoderKL",)}},
+    "latent_base": {"latents.npy": {"class": ("AutoencoderKL",)}},
+    "wuerstchen_prior": wuerstchen.STORED,
+    "kandinsky22_prior": kandinsky.STORED_PRIOR,
+    "kandinsky22_decoder": kandinsky.STORED_DECODER,
+}
 Loss = Callable[[Network, Tensor, Cond, Draws, LatentDraws, Tensor | None], Tensor]
 """(network, x_0, cond, draws, latent draws, masks at the latent's size) -> loss per image."""
 
@@ -136,6 +145,7 @@ def check_stored(config: RunConfig, data: TrainingData) -> None:
             sha256 = find_part(name, part, revision=revision if name == base else None).sha256
             for index in data.indexes:
                 check_encoder(index, extension, sha256)
+                check_content(index, extension, _CONTENTS.get(model.kind, {}).get(extension, {}))
 
 
 @final
