@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_shards import ranks
 from data_shards.files import read_json_object, replace_file
+from data_shards.index import ShardIndex
 from trainer.chain import read_chain
 from trainer.config import (
     AutoencodingConfig,
@@ -22,13 +23,14 @@ from trainer.config import (
 )
 from trainer.config_io import load_recipe
 from trainer.evaluation import read_rows
-from trainer.model_card import find_data
+from trainer.export_folder import is_export
+from trainer.model_card import find_index
 from trainer.options import Options, optional_text
 from trainer.pictures import PictureRow, has_model, load_models, overview_picture, picture_row
 from trainer.report_page import Stage, Subject, page
 from trainer.report_tables import steps_text
 from trainer.sample import png
-from trainer.source import load_source
+from trainer.source import is_latent, load_source
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,10 @@ def _kind(directory: Path, runs: Sequence[tuple[str, Path]]) -> str:
     if (directory / "chain.json").exists():
         counts = [stage.steps for stage in read_chain(directory)]
         return f"A teacher of {counts[0]} sampling steps and its students, each made from the one before: {' → '.join(map(str, counts))}."
+    if is_export(directory) and is_latent(directory):
+        recipe = load_recipe(directory / "recipe.yaml", ())
+        whole = (directory / "model_index.json").exists()
+        return f"An exported {'pipeline' if whole else 'LoRA'} ({recipe.model.kind.replace('_', ' ')})."
     if (directory / "model_index.json").exists():
         return f"An exported model that samples in {steps_text(load_source(directory).descriptor.step_count)}."
     recipe = load_recipe(runs[0][1] / "recipe.yaml", ())
@@ -194,17 +200,23 @@ def _credits(directory: Path) -> tuple[tuple[str, str], ...]:
     """Licence and artists of the training data, where the shards still are."""
     chain = (directory / "chain.json").exists()
     run_dir = read_chain(directory)[0].run_dir if chain else directory
-    if not has_model(run_dir):
+    if not (run_dir / "recipe.yaml").exists() or not (is_export(run_dir) or has_model(run_dir)):
         return ()
-    index = find_data(load_source(run_dir))
+    data = load_recipe(run_dir / "recipe.yaml", ()).data
+    indexes = [find_index(name, run_dir) for name in [source.shards for source in data.mixture] or [data.shards or "shards"]]
+    return tuple(line for index in indexes for line in _credits_of(index))
+
+
+def _credits_of(index: ShardIndex | None) -> tuple[tuple[str, str], ...]:
     if index is None:
         return (("Data", "the shards are no longer where the recipe says"),)
     licence = index.licence
     creators = licence.get("creators")
     by = f" by {', '.join(map(str, creators))}" if isinstance(creators, list) and creators else ""
     style = f" {index.source['style']}" if "style" in index.source else ""
+    size = "several sizes" if index.image_size is None else f"{index.image_size} px"
     return (
-        ("Data", f"{index.samples:,} images of {index.image_size} px from {index.source.get('kind')}{style}{by}"),
+        ("Data", f"{index.samples:,} images of {size} from {index.source.get('kind')}{style}{by}"),
         ("Licence of the data", " - ".join(str(licence[key]) for key in ("name", "url") if licence.get(key))),
     )
 
