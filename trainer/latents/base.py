@@ -42,7 +42,9 @@ def scheduler_config(files: ModelFiles) -> dict[str, object]:
 def base_levels(
     scheduler: Mapping[str, object], *, prediction: Literal["base", "v", "eps", "x_0"] = "base", zero_terminal: bool = False
 ) -> Levels:
-    """The noise levels of a base's scheduler_config.json. prediction: other than the base's own; zero_terminal: with a last one of noise alone.
+    """The noise levels of a base's scheduler_config.json.
+
+    prediction: other than the base's own; zero_terminal: with a last level of noise alone.
 
     Raises: ValueError for a prediction that is not known, or eps at zero signal."""
     own = scheduler.get("prediction_type", "epsilon")

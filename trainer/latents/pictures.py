@@ -51,10 +51,13 @@ def can_draw(config: RunConfig) -> bool:
 
 
 def picture_side(config: RunConfig, image_size: int) -> int:
-    """Pixels a side of what a model draws that is trained on images of `image_size`: latents of the size that it has seen.
+    """Pixels a side of what a model draws that is trained on images of `image_size`: latents of about the size that it has seen.
 
-    Wuerstchen's pipelines count 42.67 pixels for a latent's element, its encoder 32 of the training images."""
-    return int(image_size / 32 * 42.67) if isinstance(config.model, WuerstchenPriorConfig) else image_size
+    Wuerstchen's pipelines count 42.67 pixels for a latent's element, its encoder 32 of the training images; its decoder halves
+    latents often enough to want multiples of 128 pixels."""
+    if not isinstance(config.model, WuerstchenPriorConfig):
+        return image_size
+    return max(1, round(image_size / 32 * 42.67 / 128)) * 128
 
 
 @final

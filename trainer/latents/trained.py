@@ -145,8 +145,8 @@ def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Traine
         widen(unet)
     elif unet.config["in_channels"] == INPAINTING_CHANNELS:
         raise ValueError(
-            f"{files.name} takes {INPAINTING_CHANNELS} channels: it is an inpainting base; set objective.inpainting={{}} to train it as one, "
-            "or give a text-to-image base in model.base"
+            f"{files.name} takes {INPAINTING_CHANNELS} channels: it is an inpainting base; "
+            "set objective.inpainting={} to train it as one, or give a text-to-image base in model.base"
         )
     text_encoder, tokenizer = None, None
     token = config.dreambooth.new_token if config.dreambooth else None
