@@ -142,6 +142,11 @@ def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Traine
     files = find_part(model.base, "unet", revision=model.revision)
     unet = _load_unet(files)
     if latent_objective(config).inpainting is not None:
+        if isinstance(config.adaptation, LoraAdaptation) and unet.config["in_channels"] != INPAINTING_CHANNELS:
+            raise ValueError(
+                f"{files.name} takes {unet.config['in_channels']} channels, and LoRA leaves its first layer as it is, so that it would "
+                "never see a mask; set adaptation.kind=full, or give an inpainting base in model.base"
+            )
         widen(unet)
     elif unet.config["in_channels"] == INPAINTING_CHANNELS:
         raise ValueError(
