@@ -20,6 +20,7 @@ from data_shards.reading.sample import MicroBatch
 from trainer.config import Kandinsky22DecoderConfig, Kandinsky22PriorConfig, RunConfig, WuerstchenPriorConfig
 from trainer.latents.inputs import Inputs
 from trainer.latents.pipelines import Parts, assemble
+from trainer.latents.sizes import picture_side
 from trainer.latents.stand_ins import TextStandIn, stand_in
 from trainer.latents.trained import Trained, latent_config, latent_objective
 from trainer.masks import draw_masks
@@ -50,16 +51,6 @@ def can_draw(config: RunConfig) -> bool:
             return True
 
 
-def picture_side(config: RunConfig, image_size: int) -> int:
-    """Pixels a side of what a model draws that is trained on images of `image_size`: latents of about the size that it has seen.
-
-    Wuerstchen's pipelines count 42.67 pixels for a latent's element, its encoder 32 of the training images; its decoder halves
-    latents often enough to want multiples of 128 pixels."""
-    if not isinstance(config.model, WuerstchenPriorConfig):
-        return image_size
-    return max(1, round(image_size / 32 * 42.67 / 128)) * 128
-
-
 @final
 class Pictures:
     """The validation pictures of one run."""
@@ -67,7 +58,7 @@ class Pictures:
     def __init__(self, config: RunConfig, run_dir: Path, trained: Trained, inputs: Inputs, *, image_size: int, examples: Examples) -> None:
         """image_size: side of the training images in pixels."""
         self.config, self.run_dir, self.trained, self.inputs = config, run_dir, trained, inputs
-        self.image_size, self.examples = picture_side(config, image_size), examples
+        self.image_size, self.examples = picture_side(config, image_size) or image_size, examples
         self.seeds = [config.validation.seed + number for number in range(config.logging.sample_images)]
 
     def draw(self, network: Network, step: int) -> Image.Image:
