@@ -14,6 +14,7 @@ from launch.data import data_folders, with_data
 from launch.dry_run import dry_run_sweep_text, dry_run_text
 from launch.job import Job
 from launch.local import run_until_done
+from launch.models import with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.sweep import combinations, is_sweep, run_name, write_sweep
@@ -100,6 +101,7 @@ def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shar
 
     shards_in: where faces and remote indexes go, in the run's folder or the one above it. Raises: ValueError if it holds another run."""
     folder.mkdir(parents=True, exist_ok=True)
+    config = with_models(config, folder)
     shards = data_folders(config, shards_in)
     config = with_data(config, shards, run_dir=folder, root=shards_in.parent)
     freeze(folder, _with_absolute_teacher(config), shards=shards)

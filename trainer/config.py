@@ -264,8 +264,10 @@ def student_counts(distill: DistillConfig) -> tuple[int, ...]:
 
 def identity(config: RunConfig) -> dict[str, object]:
     """The part of a recipe that a resume must not change, as dotted keys and plain values."""
+    # Runs of pixel models from before there were others go on: what does not concern them is no part of their identity.
+    free = (*_NOT_IDENTITY, "adaptation", "dreambooth") if isinstance(config.model, TinyUNetConfig) else _NOT_IDENTITY
     values = dict(_leaves(config.model_dump(mode="json"), ""))
-    return {key: value for key, value in values.items() if not any(key == free or key.startswith(f"{free}.") for free in _NOT_IDENTITY)}
+    return {key: value for key, value in values.items() if not any(key == name or key.startswith(f"{name}.") for name in free)}
 
 
 def _leaves(tree: dict[str, object], prefix: str) -> Iterator[tuple[str, object]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import final
 
 from data_shards.files import read_json_object
-from data_shards.hub.access import checked_repository, hub_errors
+from data_shards.hub.access import COMMIT, checked_repository, hub_errors
 
 WEIGHTS = ("model", "diffusion_pytorch_model")  # of transformers, of diffusers
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -129,11 +129,26 @@ def _bring(text: str, revision: str | None, weights: Sequence[str]) -> tuple[Pat
     return found, found.name, name
 
 
+def _in_cache(name: str, commit: str, weights: Sequence[str]) -> Path | None:
+    """The snapshot of a commit if this machine has it with such weights: then nobody need be asked, on however many ranks."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(checked_repository(name), revision=commit, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return found if any(any(found.glob(pattern)) for pattern in weights) else None
+
+
 def _download(name: str, revision: str | None, weights: Sequence[str]) -> Path:
     """The Hub's snapshot of a model: small files, and these weights as safetensors."""
     from huggingface_hub import constants, snapshot_download
 
-    patterns = [*_SMALL_FILES, *(f"{stem}{tail}" for stem in weights for tail in (".safetensors", "-?????-of-?????.safetensors"))]
+    wanted = [f"{stem}{tail}" for stem in weights for tail in (".safetensors", "-?????-of-?????.safetensors")]
+    patterns = [*_SMALL_FILES, *wanted]
+    if revision is not None and COMMIT.fullmatch(revision) and (kept := _in_cache(name, revision, wanted)):
+        return kept
     try:
         with hub_errors(name, kind="model", revision=revision):
             return Path(snapshot_download(checked_repository(name), revision=revision, allow_patterns=patterns))

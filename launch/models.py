@@ -1,0 +1,67 @@
+"""The models that a recipe names, before a run starts: folders by their absolute path, Hub ids at one commit for good."""
+
+import os
+import re
+from pathlib import Path
+
+from data_shards.hub.access import COMMIT, commit_sha
+from data_shards.remote.fetch import offline_variable
+from trainer.config import RunConfig
+from trainer.config_io import load_recipe
+from trainer.tiny_models.kinds import KINDS
+
+_FIELDS = ("base", "autoencoder", "image_encoder", "decoder", "prior")
+"""Of a model section: a folder, a file or a Hub id."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
+_REMOVED = "stabilityai/stable-diffusion-2"
+
+
+def with_models(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The recipe with its models as a RUN_DIR freezes them: the commit of a base's branch is asked for once, at the first start.
+
+    Raises: ValueError if a folder is not there, or the Hub knows no such model; ConnectionError if it can't be reached."""
+    given = {name: value for name in _FIELDS if isinstance(value := getattr(config.model, name, None), str)}
+    update: dict[str, object] = {name: _placed(f"model.{name}", value) for name, value in given.items()}
+    base = update.get("base")
+    if isinstance(base, str) and not os.path.isabs(base):
+        update["revision"] = _revision(config, base, run_dir)
+    if update:
+        config = config.model_copy(update={"model": config.model.model_copy(update=update)})
+    clip = config.validation.clip
+    if clip is not None:
+        placed = _placed("validation.clip", clip)
+        config = config.model_copy(update={"validation": config.validation.model_copy(update={"clip": placed})})
+    return config
+
+
+def _placed(key: str, text: str) -> str:
+    """A folder or file by its absolute path, a Hub id as it is."""
+    if os.path.exists(text):
+        return os.path.abspath(text)
+    looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") != 1
+    if looks_like_a_path or not _HUB_ID.fullmatch(text):
+        tiny = next((kind for kind in KINDS if Path(text).name == kind), None)
+        make = f"make one to try: halfstep make-tiny {tiny} {text}" if tiny else "give a folder that is there, or a Hub id OWNER/NAME"
+        raise ValueError(f"{key}={text}: no such file or folder; {make}")
+    if text.startswith(_REMOVED):
+        copy = f"sd2-community/{text.removeprefix('stabilityai/')}"
+        raise ValueError(
+            f"{key}={text}: Stability AI took it off the Hub in November 2025; set {key}={copy}, an unofficial copy, or a local folder"
+        )
+    return text
+
+
+def _revision(config: RunConfig, base: str, run_dir: Path) -> str | None:
+    """The commit of a base on the Hub: the recipe's, the one that the run began with, or what its branch is now."""
+    given = getattr(config.model, "revision", None)
+    if given is not None and COMMIT.fullmatch(given):
+        return given
+    frozen = run_dir / "recipe.yaml"
+    if frozen.exists():
+        model = load_recipe(frozen, ()).model
+        known = getattr(model, "revision", None)
+        if getattr(model, "base", None) == base and isinstance(known, str) and COMMIT.fullmatch(known):
+            return known
+    if offline_variable() is not None:
+        return given  # the cache says what it has
+    return commit_sha(base, given, kind="model")
