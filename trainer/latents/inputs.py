@@ -28,7 +28,7 @@ from trainer.draws import LatentDraws
 from trainer.engines.frozen import place_frozen
 from trainer.latents.base import find_part
 from trainer.latents.trained import Trained, latent_config, latent_objective
-from trainer.masks import draw_masks, latent_mask
+from trainer.masks import MaskKind, draw_masks, latent_mask
 from trainer.models.deprecated import PriorTransformer
 from trainer.models.frozen_inputs import TextState, image_states, latents, text_states
 from trainer.models.inpainting import masked_pixels
@@ -258,7 +258,13 @@ def drawn_masks(config: RunConfig, batch: MicroBatch, step: int, *, side: int) -
         return None
     if masks.source == "stored":
         return batch.tensors["mask.png"].float()
-    shares = {name: getattr(masks, name) for name in ("rectangle", "ellipse", "brush", "outpainting", "full")}
+    shares: dict[MaskKind, float] = {
+        "rectangle": masks.rectangle,
+        "ellipse": masks.ellipse,
+        "brush": masks.brush,
+        "outpainting": masks.outpainting,
+        "full": masks.full,
+    }
     return draw_masks(config.seed, step, batch.keys, size=(batch.images.shape[2], batch.images.shape[3]), shares=shares, cell=side)
 
 

@@ -64,7 +64,7 @@ def assemble(config: RunConfig, network: object, parts: Parts, *, device: torch.
         case WuerstchenPriorConfig() as model:
             text = find_part(model.base, "text_encoder", revision=model.revision)
             return WuerstchenPriorPipeline(
-                tokenizer=load_tokenizer(text.beside("tokenizer")),
+                tokenizer=load_tokenizer(text.beside("tokenizer")),  # pyright: ignore[reportArgumentType]
                 text_encoder=parts.text_encoder or load_text_encoder(text).to(device),  # pyright: ignore[reportArgumentType]
                 prior=network,  # pyright: ignore[reportArgumentType]
                 scheduler=trained_scheduler(config, text),  # pyright: ignore[reportArgumentType]
@@ -78,7 +78,7 @@ def assemble(config: RunConfig, network: object, parts: Parts, *, device: torch.
                 text_encoder=parts.text_encoder or _load(CLIPTextModelWithProjection, text, device),  # pyright: ignore[reportArgumentType]
                 tokenizer=load_tokenizer(text.beside("tokenizer")),  # pyright: ignore[reportArgumentType]
                 scheduler=trained_scheduler(config, text),  # pyright: ignore[reportArgumentType]
-                image_processor=CLIPImageProcessorPil.from_pretrained(
+                image_processor=CLIPImageProcessorPil.from_pretrained(  # pyright: ignore[reportArgumentType]
                     image.beside("image_processor", "feature_extractor"), local_files_only=True
                 ),
             )
@@ -110,6 +110,7 @@ def trained_scheduler(config: RunConfig, files: ModelFiles | None) -> SchedulerM
         kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "set_alpha_to_one")
         values = {name: value for name, value in values.items() if name in kept}
         values |= {"_class_name": "DDIMScheduler", "clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        values["steps_offset"] = 1  # trailing steps make no use of it, pipelines insist on it
     name = values.get("_class_name")
     settings = {key: value for key, value in values.items() if not key.startswith("_")}
     return build_scheduler(Component("diffusers", str(name), settings))

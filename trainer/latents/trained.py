@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, final
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
@@ -67,6 +68,17 @@ class Trained:
         """The module by its further methods."""
         assert isinstance(self.module, _DENOISERS), f"{type(self.module).__name__} is no latent denoiser"
         return self.module
+
+    @property
+    def network(self) -> ModelMixin:
+        """The U-Net or prior in it."""
+        match self.module:
+            case StableDiffusionDenoiser() | KandinskyDecoderDenoiser() as module:
+                return module.unet
+            case WuerstchenPriorDenoiser() | KandinskyPriorDenoiser() as module:
+                return module.prior
+            case other:
+                raise ValueError(f"{type(other).__name__} is no latent denoiser")
 
 
 _DENOISERS = (StableDiffusionDenoiser, WuerstchenPriorDenoiser, KandinskyPriorDenoiser, KandinskyDecoderDenoiser)
@@ -192,7 +204,6 @@ def _latent_base(config: RunConfig, model: LatentBaseConfig) -> Trained:
         norm_num_groups=model.norm_groups,
         use_linear_projection=True,
     )
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -202,7 +213,9 @@ def _latent_base(config: RunConfig, model: LatentBaseConfig) -> Trained:
             num_attention_heads=model.text_width // 32,
             max_position_embeddings=model.text_tokens,
             projection_dim=model.text_width,
-            **ends,
+            bos_token_id=tokenizer.bos_token_id,  # pyright: ignore[reportArgumentType] (one token, one id)
+            eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
+            pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
         )
     )
     return Trained(StableDiffusionDenoiser(unet, text_encoder), None, tokenizer)

@@ -272,8 +272,7 @@ def _joined_latent(draws: Sequence[LatentDraws]) -> LatentDraws:
 
 def _use_attention(trained: Trained, config: RunConfig) -> Kernels:
     dtype = lower_type(config.engine.precision)
-    network = getattr(trained.module, "unet", None) or trained.module.prior
-    return use_attention(network, config.engine.attention, ranks.device(), **({} if dtype is None else {"dtype": dtype}))
+    return use_attention(trained.network, config.engine.attention, ranks.device(), **({} if dtype is None else {"dtype": dtype}))
 
 
 def _meaning(config: RunConfig, trained: Trained, inputs: Inputs, levels: Levels | None) -> LatentMeaning:
