@@ -34,6 +34,8 @@ _JOBS = {
     "caption": "data_shards.derive.caption:caption_job",
     "encode": "data_shards.derive.encode:encode_job",
 }
+# Libraries of frozen models draw bars and print advice once a rank, into which our own lines would vanish.
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _RUNS = ("train", "distill", "caption", "encode")
 _LATER_SECONDS = 30.0
 """By which collectives give up after the watch, which can name the rank at fault."""
@@ -41,6 +43,8 @@ _LATER_SECONDS = 30.0
 
 def main() -> None:
     """`python -m launch.worker KIND PATH OPTIONS`, with torch's standard variables in the environment."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     kind, path, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     code = CRASH
     try:

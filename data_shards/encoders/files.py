@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import final
 
 from data_shards.files import read_json_object
 from data_shards.hub.access import COMMIT, checked_repository, hub_errors
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model", "diffusion_pytorch_model")  # of transformers, of diffusers
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -149,6 +152,7 @@ def _download(name: str, revision: str | None, weights: Sequence[str]) -> Path:
     patterns = [*_SMALL_FILES, *wanted]
     if revision is not None and COMMIT.fullmatch(revision) and (kept := _in_cache(name, revision, wanted)):
         return kept
+    logger.info("bringing %s from the Hugging Face Hub, or what is new of it", name)
     try:
         with hub_errors(name, kind="model", revision=revision):
             return Path(snapshot_download(checked_repository(name), revision=revision, allow_patterns=patterns))

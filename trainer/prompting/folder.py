@@ -10,6 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.utils.logging import disable_progress_bar
 from transformers import AutoTokenizer, CLIPTextModel
 
 from data_shards.encoders.files import weight_files
@@ -82,6 +83,7 @@ def load_pipeline(folder: Path, *, device: torch.device) -> DiffusionPipeline:
     Nothing is fetched or unpickled, and no code of the folder is run.
     Raises: ValueError if it is no folder of a pipeline in PIPELINES, or a part is missing, unknown or not safetensors."""
     name, components = _checked_index(folder)
+    disable_progress_bar()
     try:
         if any(kind in _MOVED for kind in components.values()):
             return _assembled(folder, name, components).to(device)
