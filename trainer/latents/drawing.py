@@ -22,9 +22,11 @@ from trainer.config_io import load_recipe
 from trainer.export_folder import LORA_FILE, is_hub_id, verified_manifest
 from trainer.latents.base import find_part
 from trainer.latents.finished import Finished, base_name, build_pipeline, load_finished
+from trainer.latents.sizes import WUERSTCHEN_MULTIPLE, picture_side
 from trainer.latents.snippet import TOKEN_FILE, prompts_of
 from trainer.latents.trained import latent_config, latent_objective
 from trainer.manifest import newest_checkpoint
+from trainer.models.deprecated import WuerstchenPriorPipeline
 from trainer.models.from_config import build_scheduler
 from trainer.options import Options, integer, optional_number, optional_text
 from trainer.prompting.adapter import apply_lora
@@ -105,6 +107,9 @@ def sized_requests(wanted: Asked, drawer: Drawer) -> list[PictureRequest]:
 
     Raises: ValueError as requests_from."""
     requests = requests_from(wanted, reads(drawer.pipeline), has_decoder=drawer.decoder is not None)
+    size = requests[0].size
+    if isinstance(drawer.pipeline, WuerstchenPriorPipeline) and size is not None and any(side % WUERSTCHEN_MULTIPLE for side in size):
+        raise ValueError(f"--size {wanted.size}: Wuerstchen draws multiples of {WUERSTCHEN_MULTIPLE} pixels; give one such as 512 or 1024")
     if wanted.size is not None or drawer.size is None:
         return requests
     return [replace(request, size=(drawer.size, drawer.size)) for request in requests]
@@ -173,28 +178,28 @@ def _of_run(run_dir: Path, given: Given) -> Drawer:
 
 def _around(finished: Finished, pipeline: DiffusionPipeline, companion: str | None) -> Drawer:
     """A run's pipeline with the one that it draws together with."""
-    device = ranks.device()
+    device, size = ranks.device(), picture_side(finished.recipe, finished.image_size)
     pipeline = pipeline.to(device)
     match finished.recipe.model:
         case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
             if companion is None:
                 raise ValueError(f"{finished.path}: is a prior, whose images a decoder draws; give that one's folder, --decoder DIR")
             other = load_pipeline(find_pipeline(companion), device=device)
-            return Drawer(pipeline, other, pipeline, finished.image_size, finished.is_lora)
+            return Drawer(pipeline, other, pipeline, size, finished.is_lora)
         case Kandinsky22DecoderConfig():
             assert companion is not None, "the recipe names a prior"
             other = load_pipeline(find_pipeline(companion), device=device)
-            return Drawer(other, pipeline, pipeline, finished.image_size, finished.is_lora)
+            return Drawer(other, pipeline, pipeline, size, finished.is_lora)
         case _:
             if companion is not None:
                 raise ValueError(f"{finished.path}: draws on its own; leave {companion} out")
-            return Drawer(pipeline, None, pipeline, finished.image_size, finished.is_lora)
+            return Drawer(pipeline, None, pipeline, size, finished.is_lora)
 
 
 def _of_export(folder: Path, given: Given) -> Drawer:
     manifest, recipe = verified_manifest(folder), load_recipe(folder / "recipe.yaml", ())
     size = manifest.get("image_size")
-    size = size if isinstance(size, int) else None
+    size = picture_side(recipe, size if isinstance(size, int) else None)
     here = _recipe_here(folder, manifest)
     companion = given.companion or (None if here is None else _companion_of(here)) or _reachable(_companion_of(recipe))
     if manifest.get("form") != "lora":

@@ -15,6 +15,7 @@ from trainer.export_folder import SCHEMA_VERSION, portable_recipe, seal, whole_m
 from trainer.latents.card import CardFacts, latent_card
 from trainer.latents.drawing import draw_card_pictures
 from trainer.latents.finished import Finished, build_pipeline, load_finished
+from trainer.latents.sizes import picture_side
 from trainer.latents.snippet import TOKEN_FILE, Exported, Form, needs_scheduler, usage_code
 from trainer.models.wuerstchen import loadable_index
 from trainer.source import average_part
@@ -74,7 +75,8 @@ def _write_papers(folder: Path, finished: Finished, form: Form, *, name: str, ha
     """Card, recipe, and what the weights mean."""
     (folder / "descriptor.json").write_text(json_text({"schema_version": SCHEMA_VERSION, **finished.meaning}))
     (folder / "recipe.yaml").write_text(dump_yaml(portable_recipe(finished.recipe)))
-    code = usage_code(Exported(finished.recipe, form, name, finished.image_size, finished.token is not None))
+    side = picture_side(finished.recipe, finished.image_size)
+    code = usage_code(Exported(finished.recipe, form, name, side, finished.token is not None))
     files = tuple(sorted(path.name for path in folder.iterdir()))
     card = CardFacts(finished, form=form, code=code, has_samples=has_samples, files=files)
     (folder / "README.md").write_text(latent_card(card))

@@ -24,7 +24,6 @@ from trainer.latents.pipelines import Parts, assemble
 from trainer.latents.trained import Trained, build_trained, latent_config
 from trainer.manifest import Checkpoint, newest_checkpoint
 from trainer.model_card import find_index
-from trainer.models.inpainting import INPAINTING_CHANNELS, LATENT_CHANNELS
 from trainer.source import average_part, check_tensors
 
 
@@ -105,8 +104,6 @@ def load_finished(run_dir: Path, *, ema: float | None = None) -> Finished:
         for name, parameter in learnt.items():
             parameter.copy_(tensors[name])
     trained.module.requires_grad_(False).eval()
-    if isinstance(config.adaptation, LoraAdaptation):
-        _narrow(trained)
     indexes = _indexes(config, run_dir)
     return Finished(
         recipe=recipe,
@@ -155,19 +152,6 @@ def _token(config: RunConfig, trained: Trained) -> tuple[str, Float[Tensor, " d"
     token, text_encoder = config.dreambooth and config.dreambooth.new_token, getattr(trained.module, "text_encoder", None)
     rows = None if text_encoder is None else new_rows(text_encoder)
     return None if not token or rows is None else (token, rows[0].detach().clone())
-
-
-def _narrow(trained: Trained) -> None:
-    """Give an adapter's network its base's form: without the input channels of inpainting that are frozen at zero."""
-    unet = getattr(trained.module, "unet", None)
-    if not isinstance(unet, UNet2DConditionModel) or unet.config["in_channels"] != INPAINTING_CHANNELS:
-        return
-    convolution = unet.conv_in
-    if not isinstance(convolution, nn.Conv2d) or bool(convolution.weight[:, LATENT_CHANNELS:].any()):
-        return
-    convolution.weight = nn.Parameter(convolution.weight[:, :LATENT_CHANNELS].clone(), requires_grad=False)
-    convolution.in_channels = LATENT_CHANNELS
-    unet.register_to_config(in_channels=LATENT_CHANNELS)
 
 
 def _indexes(config: RunConfig, run_dir: Path) -> tuple[ShardIndex, ...]:

@@ -21,7 +21,7 @@ _SEED = "torch.Generator('cpu').manual_seed(0)".replace("'", '"')
 @final
 @dataclass(frozen=True)
 class Exported:
-    """What the lines are to load. name: a folder or Hub repository; image_size: side in pixels of what was learnt from."""
+    """What the lines are to load. name: a folder or Hub repository; image_size: side in pixels of the pictures."""
 
     recipe: RunConfig
     form: Form
