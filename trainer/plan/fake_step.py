@@ -48,7 +48,7 @@ def measure(plan: PlanInput) -> Measured:
     With accumulation two micro-batches are computed: the second meets the gradients of the first, and further ones are like it.
     Raises: ValueError if ranks do not divide as the engine needs."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_ranks(plan.world_size), LiveBytes(counted=_is_fake, kinds=_kinds) as live, _AsPlanned(on_gpu=plan.on_gpu):
+    with fake_ranks(plan.world_size), LiveBytes(counted=_is_fake, kinds=_kinds) as live, _Answers(), _as_on(gpu=plan.on_gpu):
         with fake:
             module = _built(plan)
         engine, build_peak = _engine(plan, module, live, fake)
@@ -68,7 +68,7 @@ def kept_activations(plan: PlanInput, *, checkpointing: bool) -> int:
     """Bytes of the activations that one micro-batch's forward pass keeps for its backward pass; weights and their copies do not count."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.engine.precision]
-    with fake, LiveBytes(counted=_is_fake, kinds=_kinds) as live, _AsPlanned(on_gpu=plan.on_gpu):
+    with fake, LiveBytes(counted=_is_fake, kinds=_kinds) as live, _Answers(), _as_on(gpu=plan.on_gpu):
         module = plan.build().train()
         if checkpointing:
             plan.enable_checkpointing(module)
@@ -186,14 +186,10 @@ def _kinds(live: LiveBytes, operator: torch._ops.OpOverload, inputs: tuple, resu
         live.label("sent", inputs[1:2])
 
 
-class _AsPlanned(TorchFunctionMode):
-    """Answers where fake tensors have none, shortens what only costs time, and lets CUDA's autocast be tried on a machine without CUDA."""
+class _Answers(TorchFunctionMode):
+    """Answers where fake tensors have none, and a short way where the long one would only cost time."""
 
-    def __init__(self, *, on_gpu: bool) -> None:
-        super().__init__()
-        self.on_gpu = on_gpu
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # torch's own signature
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is Tensor.tolist and _is_fake(args[0]):
             return [0.0] * args[0].numel()
@@ -201,15 +197,7 @@ class _AsPlanned(TorchFunctionMode):
             return 0.0
         if func is torch.chunk and _is_fake(args[0]):
             return _first_chunk(args[0], args[1], kwargs.get("dim", 0))
-        if self.on_gpu and func in _FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args = tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in args)
         return func(*args, **kwargs)
-
-
-_FP32_ON_CUDA = (functional.group_norm, functional.layer_norm, functional.softmax, torch.softmax, Tensor.softmax)
-"""What CUDA's autocast computes in fp32 and the CPU's does not, of what diffusers' models use.
-
-Source: PyTorch's documentation, "Automatic Mixed Precision package", Autocast Op Reference."""
 
 
 def _first_chunk(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
@@ -218,3 +206,31 @@ def _first_chunk(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
     Cutting all 1,024 parts of SD 2.1's weights takes five minutes."""
     size = -(-tensor.shape[dim] // count)
     return [tensor.narrow(dim, 0, size)] * count
+
+
+@contextmanager
+def _as_on(*, gpu: bool) -> Iterator[None]:
+    """Autocast as CUDA's: it normalises in fp32, where the CPU's stays in the lower type; so outputs and what is kept are larger.
+
+    The functions are exchanged, because modes of torch functions are off in a backward pass, where checkpointing computes again.
+    Source: PyTorch's documentation, "Automatic Mixed Precision package", Autocast Op Reference."""
+    names = ("group_norm", "layer_norm", "softmax") if gpu else ()
+    before = {name: getattr(functional, name) for name in names}
+    for name, function in before.items():
+        setattr(functional, name, _in_fp32(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(functional, name, function)
+
+
+def _in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def under_autocast(inputs: Tensor, *others: object, **named: object) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            inputs = inputs.float()
+            others = tuple(value.float() if isinstance(value, Tensor) else value for value in others)
+            named = {name: value.float() if isinstance(value, Tensor) else value for name, value in named.items()}
+        return function(inputs, *others, **named)
+
+    return under_autocast

@@ -19,6 +19,8 @@ _KINDS = {
     "other": "other working memory",
 }
 _WIDTH = 44
+_STARTING_SECONDS = 0.02
+"""Of a step with thousands of kernels, below which starting them takes most of the time."""
 
 
 def page(plan: Plan, prices: Prices, ways: Sequence[WayOut], *, title: str) -> str:
@@ -89,8 +91,10 @@ def _time(plan: Plan, prices: Prices) -> Iterator[str]:
     traffic = f"{_seconds(speed.traffic_seconds)} sending, {'beside it' if speed.overlapped else 'after it'}"
     to_host = f", {_seconds(speed.host_seconds)} to and from main memory" if speed.host_seconds else ""
     yield _row("  of which", f"{_seconds(speed.compute_seconds)} computing, {traffic}{to_host}")
+    if speed.step_seconds < _STARTING_SECONDS:
+        yield "  So short a step is spent on starting kernels: it will take longer than this."
     yield _row(f"Time of the run, {source.steps} steps", f"about {_hours(speed.run_hours)}")
-    yield _row("Cost of the run", f"about {_rounded(speed.usd)} USD at {gpu.usd_per_hour:g} USD an hour and GPU")
+    yield _row("Cost of the run", f"{_rounded(speed.usd)} USD at {gpu.usd_per_hour:g} USD an hour and GPU")
     rate = (
         f"{gpu.node_gigabytes_per_second:g} GB/s within the node"
         if source.world_size <= source.ranks_per_node
@@ -113,7 +117,7 @@ def _verdict(plan: Plan, ways: Sequence[WayOut]) -> Iterator[str]:
     peak, usable = plan.memory.peak, plan.usable
     of = f"of the {_size(usable)} that tensors get of a {name}'s {gpu.memory_gib:g} GiB"
     if plan.fits:
-        yield f"FITS: {_size(peak)} {of}; {peak / usable:.0%} is used."
+        yield f"FITS: {_size(peak)} {of}; {max(1, round(100 * peak / usable))}% is used."
         return
     yield f"DOES NOT FIT: {_size(peak)} {of}; {_size(peak - usable)} too much."
     if not ways:
@@ -203,9 +207,13 @@ def _seconds(seconds: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return _scaled(hours, {" days": 24.0}) if hours >= 48 else _scaled(hours * 60, {" hours": 60.0, " minutes": 1.0})
+    if hours >= 48:
+        return _scaled(hours, {" days": 24.0})
+    return _scaled(hours * 60, {" hours": 60.0, " minutes": 1.0}) if hours * 60 >= 1 else _seconds(hours * 3600)
 
 
-def _rounded(number: float) -> str:
+def _rounded(usd: float) -> str:
     """Two figures of a price."""
-    return f"{number:.2g}" if number < 100 else f"{float(f'{number:.2g}'):,.0f}"
+    if usd < 0.01:
+        return "less than 0.01"
+    return f"about {usd:.2g}" if usd < 100 else f"about {float(f'{usd:.2g}'):,.0f}"

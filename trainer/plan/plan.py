@@ -83,37 +83,38 @@ class Plan:
         return None if self.usable is None else self.memory.peak <= self.usable
 
 
-def make_plan(source: PlanInput, prices: Prices, gpu: str | None, *, work: Work | None = None) -> Plan:
-    """Measure a run on tensors without memory and reckon the rest. gpu: a name of the prices' table; work: if it is known already.
+def make_plan(source: PlanInput, prices: Prices, gpu: str | None, *, work: Work | None = None, kept: tuple[int, int] | None = None) -> Plan:
+    """Measure a run on tensors without memory and reckon the rest.
+
+    gpu: a name of the prices' table. work, kept: where they are known already, `kept_activations` without and with checkpointing.
 
     Raises: ValueError for a type that the table does not have, or ranks that do not divide as the engine needs."""
     kind = None if gpu is None else gpu_named(prices, gpu)
     work = work or work_of(source)
-    memory = _memory(source, work, measure(source))
+    measured = measure(source)
+    kept = kept or (kept_activations(source, checkpointing=False), kept_activations(source, checkpointing=True))
+    memory = memory_of(source, work, measured, kept=kept)
     sent = bytes_sent(source, work.parts)
-    beside = sum(frozen.flops_per_image for frozen in source.frozen)
-    twice = work.forward_flops if source.activation_checkpointing else 0
-    flops_per_image = work.forward_flops + work.backward_flops + beside
-    step_flops = source.global_batch_size * (flops_per_image + twice)
+    flops_per_image = work.forward_flops + work.backward_flops + sum(frozen.flops_per_image for frozen in source.frozen)
     state_bytes = work.trained * _FLOAT_BYTES
     checkpoint_bytes = state_bytes * (1 + _MOMENTS + source.averages)
-    plan = Plan(
+    return Plan(
         source=source,
         work=work,
         memory=memory,
         sent=sent,
         flops_per_image=flops_per_image,
-        step_flops=step_flops,
+        step_flops=_step_flops(source, work),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * (source.keep_checkpoints + 1) + state_bytes,
         gpu=kind,
-        speed=None if kind is None else _speed(source, work, prices, kind[1], step_flops=step_flops, sent=sum(sent.values())),
+        speed=None if kind is None else speed_of(source, work, prices, kind[1]),
         usable=None if kind is None else usable_bytes(prices, kind[1]),
     )
-    return plan
 
 
-def _memory(source: PlanInput, work: Work, measured: Measured) -> Memory:
+def memory_of(source: PlanInput, work: Work, measured: Measured, *, kept: tuple[int, int]) -> Memory:
+    """What was measured, and what was not: offloading, 8-bit moments, frozen encoders, and what happens between steps."""
     state, at_peak, saved = dict(measured.state), dict(measured.at_peak), 0
     offloaded: dict[str, int] = {}
     if source.engine.cpu_offload:
@@ -146,8 +147,8 @@ def _memory(source: PlanInput, work: Work, measured: Measured) -> Memory:
         at_peak={kind: size for kind, size in at_peak.items() if size},
         peak=needs[fullest] + beside,
         fullest=fullest,
-        activations=kept_activations(source, checkpointing=False),
-        activations_checkpointed=kept_activations(source, checkpointing=True),
+        activations=kept[0],
+        activations_checkpointed=kept[1],
         host=staged + sum(offloaded.values()),
     )
 
@@ -157,18 +158,27 @@ def _share(source: PlanInput, size_bytes: int) -> int:
     return size_bytes // source.world_size if shared else size_bytes
 
 
-def _speed(source: PlanInput, work: Work, prices: Prices, gpu: Gpu, *, step_flops: int, sent: int) -> Speed | None:
+def speed_of(source: PlanInput, work: Work, prices: Prices, gpu: Gpu) -> Speed | None:
+    """Time and money; None where the GPU has no units for the precision. Traffic of replicas follows the backward pass."""
     peak = named_peak(gpu.peak, source.engine.precision)
     if peak is None:
         return None
-    compute = step_flops / source.world_size / (peak * prices.utilisation) * source.compute_factor
+    compute = _step_flops(source, work) / source.world_size / (peak * prices.utilisation) * source.compute_factor
     one_node = source.world_size <= source.ranks_per_node
+    sent = sum(bytes_sent(source, work.parts).values())
     traffic = sent / ((gpu.node_gigabytes_per_second if one_node else prices.network_gigabytes_per_second) * 1e9)
     host = _host_bytes(source, work) / (prices.host_gigabytes_per_second * 1e9)
     overlapped = source.engine.kind != "replicated"
     step = (max(compute, traffic) if overlapped else compute + traffic) + host
     hours = step * source.steps / 3600
     return Speed(compute, traffic, host, overlapped, step, hours, hours * source.world_size * gpu.usd_per_hour)
+
+
+def _step_flops(source: PlanInput, work: Work) -> int:
+    """Computed in a step by all ranks, what is computed twice included."""
+    twice = work.forward_flops if source.activation_checkpointing else 0
+    beside = sum(frozen.flops_per_image for frozen in source.frozen)
+    return source.global_batch_size * (work.forward_flops + work.backward_flops + twice + beside)
 
 
 def _host_bytes(source: PlanInput, work: Work) -> int:
