@@ -73,6 +73,9 @@ def _stored_problems(config: "RunConfig") -> Iterator[Problem]:
         if isinstance(config.objective, LatentDenoisingConfig) and config.objective.inpainting is not None:
             text = "the masked image has to be encoded in every step"
             yield Problem(("model.latents", "objective.inpainting"), f"{text}; set model.latents=encode")
+        if config.dreambooth is not None and config.dreambooth.class_prompt is not None:
+            text = "class images are encoded in every step"
+            yield Problem(("model.latents", "dreambooth.class_prompt"), f"{text}; set model.latents=encode")
     if getattr(model, "text", "encode") == "stored" and config.dreambooth is not None:
         text = "DreamBooth's prompts are encoded in every step"
         yield Problem(("model.text", "dreambooth"), f"{text}; set model.text=encode")

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -86,6 +86,15 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What a model draws while it trains, and numbers that say how good it is, by name."""
+
+    picture: Image.Image
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
 _TAGS = {
     "loss": "train/loss",
     "gradient_norm": "train/gradient_norm",
@@ -134,12 +143,14 @@ class Reporter:
                 self.board.add_scalar(tag, value, metrics.step)
         self.progress.show(metrics)
 
-    def write_samples(self, step: int, grids: Mapping[str, Image.Image]) -> None:
-        """Report sample grids by name (ema, raw), as PNG files and in TensorBoard."""
-        for name, grid in grids.items():
+    def write_samples(self, step: int, drawn: Mapping[str, Drawn]) -> None:
+        """Report what models draw by name (ema, raw), as PNG files and in TensorBoard, with its scores."""
+        for name, one in drawn.items():
             suffix = "" if name == "ema" else f"_{name}"
-            replace_file(self.run_dir / "samples" / f"step_{step:06d}{suffix}.png", png(grid))
-            self.board.add_image(f"samples/{name}", np.asarray(grid), step, dataformats="HWC")
+            replace_file(self.run_dir / "samples" / f"step_{step:06d}{suffix}.png", png(one.picture))
+            self.board.add_image(f"samples/{name}", np.asarray(one.picture), step, dataformats="HWC")
+            for score, value in one.scores.items():
+                self.board.add_scalar(f"samples/{score}_{name}", value, step)
 
     def sync(self) -> None:
         """Make what was reported so far durable, before a checkpoint commits the steps it belongs to; for any thread."""

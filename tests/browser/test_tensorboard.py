@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.metrics import Reporter, StepMetrics
+from trainer.metrics import Drawn, Reporter, StepMetrics
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")]
 
@@ -25,7 +25,9 @@ def _report(run_dir: Path, *, start_step: int, steps: int) -> None:
     reporter = Reporter(run_dir, start_step=start_step, total_steps=steps, recipe_text="seed: 0", hyperparameters=values, title="test")
     for step in range(start_step, steps):
         reporter.write_step(StepMetrics(step, 1 / (step + 1), (1 / (step + 1)).hex(), 1.0, 1e-3, 100.0, 0.1, 0.01))
-    reporter.write_samples(start_step, {"ema": Image.new("RGB", (64, 64), "red"), "raw": Image.new("RGB", (64, 64), "blue")})
+    reporter.write_samples(
+        start_step, {name: Drawn(Image.new("RGB", (64, 64), colour)) for name, colour in (("ema", "red"), ("raw", "blue"))}
+    )
     reporter.close()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import final
 
 import torch
@@ -242,6 +243,15 @@ def _text(config: RunConfig, base: str, *, masks: bool, device: torch.device) ->
 
 def _image(config: RunConfig, base: str, *, device: torch.device) -> ImageEncoder:
     precision = latent_config(config).frozen_precision
+    if (
+        isinstance(config.model, WuerstchenPriorConfig)
+        and config.model.image_encoder is None
+        and not (Path(base) / "image_encoder").is_dir()
+    ):
+        raise ValueError(
+            f"{base}: has no image_encoder/, the EfficientNet whose latents the prior learns; fetch its weights with "
+            "`hf download dome272/wuerstchen model_v2_stage_b.pt` and set model.image_encoder to that file"
+        )
     return image_encoder(_named(config, base), precision=precision, device=device, holds_bf16=precision == "bf16")
 
 

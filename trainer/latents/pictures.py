@@ -24,6 +24,7 @@ from trainer.latents.sizes import picture_side
 from trainer.latents.stand_ins import TextStandIn, stand_in
 from trainer.latents.trained import Trained, latent_config, latent_objective
 from trainer.masks import draw_masks
+from trainer.metrics import Drawn
 from trainer.models.network import Network
 from trainer.prompting.clip_score import ClipScore, mean_scores
 from trainer.prompting.folder import load_pipeline
@@ -61,7 +62,7 @@ class Pictures:
         self.image_size, self.examples = picture_side(config, image_size) or image_size, examples
         self.seeds = [config.validation.seed + number for number in range(config.logging.sample_images)]
 
-    def draw(self, network: Network, step: int) -> Image.Image:
+    def draw(self, network: Network, step: int) -> Drawn:
         """The sheet of a network, beside the base's pictures, which the network itself draws at step 0. Collective."""
         paint = self._painter(network)
         pictures = self._drawn(paint, self.prompts)
@@ -69,11 +70,13 @@ class Pictures:
             bases = self.config.validation.base_prompts
             base = pictures if not bases or bases == self.prompts else self._drawn(paint, bases)
             self._keep_base(base)
-        notes = self._scores(pictures)
+        scores = self._scores(pictures)
+        notes = [f"CLIP score {score:.1f}" for score in scores]
         groups = [SheetGroup(f"step {step}", pictures)]
         if (base := self._base(pictures)) is not None:
             groups.insert(0, SheetGroup(_BASE, base))
-        return draw_sheet(self.prompts, groups, seeds=self.seeds, given=self._given(), notes=notes)
+        sheet = draw_sheet(self.prompts, groups, seeds=self.seeds, given=self._given(), notes=notes)
+        return Drawn(sheet, {"clip_score": sum(scores) / len(scores)} if scores else {})
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -163,13 +166,13 @@ class Pictures:
         size = (self.image_size, self.image_size)
         return torch.stack([torch.from_numpy(masked_input(image, mask, size)) for image, mask in self.masked])
 
-    def _scores(self, pictures: UInt8[Tensor, "p s h w c"]) -> list[str]:
-        """A CLIP score under each prompt, where the recipe names a model for it."""
+    def _scores(self, pictures: UInt8[Tensor, "p s h w c"]) -> list[float]:
+        """The CLIP score of each prompt's pictures, where the recipe names a model for it."""
         if self.config.validation.clip is None:
             return []
         repeated = [prompt for prompt in self.prompts for _ in self.seeds]
         scores = mean_scores(self._clip.scores(pictures.flatten(0, 1), repeated), repeated)
-        return [f"CLIP score {scores[prompt]:.1f}" for prompt in self.prompts]
+        return [scores[prompt] for prompt in self.prompts]
 
     @cached_property
     def _clip(self) -> ClipScore:

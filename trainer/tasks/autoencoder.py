@@ -1,11 +1,12 @@
 """A small autoencoder, trained from scratch: images to latents and back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from PIL import Image
+from jaxtyping import UInt8
 from torch import Tensor
 
 from data_shards import ranks
@@ -13,6 +14,7 @@ from data_shards.reading.sample import MicroBatch
 from trainer.config import AutoencoderConfig, RunConfig
 from trainer.config_latent import AutoencodingConfig
 from trainer.draws import draw
+from trainer.metrics import Drawn
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.attention import use_attention
 from trainer.models.autoencoder import TrainedAutoencoder, build_autoencoder
@@ -100,7 +102,7 @@ def build_autoencoder_task(config: RunConfig, model: AutoencoderConfig, data: Tr
     )
 
 
-def _reconstructions(network: Network, data: TrainingData, shape: tuple[int, int, int], *, images: int, step: int) -> Image.Image:
+def _reconstructions(network: Network, data: TrainingData, shape: tuple[int, int, int], *, images: int, step: int) -> Drawn:
     """Some training images above what comes back of them, from the mean of their latents. Collective."""
     given = data.examples(images).images
     x = encode_pixels(given.to(ranks.device()), flips=None)
@@ -108,4 +110,10 @@ def _reconstructions(network: Network, data: TrainingData, shape: tuple[int, int
     rows = {"images": given.permute(0, 2, 3, 1), f"step {step}": to_uint8(back.cpu())}
     count = min(_COLUMNS, len(given))
     groups = [SheetGroup(title, pictures[: len(pictures) // count * count].unflatten(0, (-1, count))) for title, pictures in rows.items()]
-    return draw_sheet([""] * len(groups[0].images), groups)
+    return Drawn(draw_sheet([""] * len(groups[0].images), groups), {"psnr": _psnr(rows["images"], rows[f"step {step}"])})
+
+
+def _psnr(images: UInt8[Tensor, "b h w c"], others: UInt8[Tensor, "b h w c"]) -> float:
+    """Peak signal-to-noise ratio in dB, of all images together."""
+    error = (images.float() - others.float()).square().mean().item()
+    return 10 * math.log10(255**2 / max(error, 1e-3))

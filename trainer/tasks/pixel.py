@@ -17,6 +17,7 @@ from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.draws import Draws, draw
 from trainer.engines.frozen import place_frozen
 from trainer.engines.precision import lower_type
+from trainer.metrics import Drawn
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.attention import Kernels, use_attention
 from trainer.models.dropout import use_logical_dropout
@@ -95,7 +96,9 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, im
         module=module,
         units=shard_units(module),
         micro_batch=lambda batches, step, index: _micro_batch(config, loss, batches[0], step, index, stratified=chosen.stratified),
-        draw=lambda predict, step: draw_grid(predict, levels_drawn, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED),
+        draw=lambda predict, step: Drawn(
+            draw_grid(predict, levels_drawn, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
+        ),
         descriptor=descriptor,
         attention=attention,
         flops_per_image=forwards * flops,

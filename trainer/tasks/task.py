@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, final
 
-from PIL import Image
 from torch import nn
 
 from data_shards.reading.sample import MicroBatch
 from trainer.engines.engine import LossPerImage
+from trainer.metrics import Drawn
 from trainer.models.attention import Kernels
 from trainer.models.network import Network
 
@@ -54,7 +54,7 @@ class Task:
     """What a sharded engine gathers at a time, in the order of the forward pass."""
     micro_batch: Callable[[Sequence[MicroBatch], int, int], Work]
     """(batches, step, index) -> their work, of one micro-batch from each data set; all that is random follows from (seed, step, index)."""
-    draw: Callable[[Network, int], Image.Image] | None
+    draw: Callable[[Network, int], Drawn] | None
     """(network, step) -> what it draws from fixed noise, all ranks together; None where there is nothing to look at. Collective."""
     descriptor: Meaning
     attention: Kernels
