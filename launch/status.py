@@ -16,6 +16,7 @@ from launch.submitted import Submission, submissions
 from launch.sweep import is_sweep, sweep_runs
 from trainer.chain import read_chain
 from trainer.config_io import load_recipe
+from trainer.export_folder import is_export
 
 State = Literal["waiting", "queued", "held", "running", "done", "stopped", "failed"]
 """waiting: not started yet; queued, held: a job in a queue, which starts by itself or waits for a person."""
@@ -161,7 +162,7 @@ def is_done(run_dir: Path) -> bool:
 
 
 def _is_exported(run_dir: Path) -> bool:
-    return (run_dir / "export" / "model_index.json").exists()
+    return is_export(run_dir / "export")
 
 
 def _state(run_dir: Path, *, step: int, total: int, last_end: str | None, job: Queued | None) -> State:
