@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from data_shards import ranks
 from data_shards.files import json_text, read_json_object
-from trainer.config import Prediction
-from trainer.config_io import dump_yaml
+from trainer.config import AutoencoderConfig, Prediction
+from trainer.config_io import dump_yaml, load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import respaced_betas
 from trainer.export_folder import exported_checkpoint, exported_sha256, is_export, portable_recipe, push_export, seal, write_folder
@@ -57,9 +57,7 @@ def export_job(path: Path, options: Options) -> int:
 def export_run(run_dir: Path) -> Path:
     """Export a run's newest checkpoint to RUN_DIR/export, unless that holds it already."""
     if is_latent(run_dir):
-        from trainer.latents.export import export_latent_run
-
-        return export_latent_run(run_dir, run_dir / "export")
+        return _write_latent(run_dir, run_dir / "export")
     return write_export(load_source(run_dir), run_dir / "export")
 
 
@@ -80,17 +78,30 @@ def _export_pixels(path: Path, options: Options, push: str | None) -> Path:
 
 
 def _export_latent(path: Path, options: Options, push: str | None) -> Path:
-    from trainer.latents.export import export_latent_run
-
     merged, out = flag(options, "merged"), optional_text(options, "out")
     if optional_integer(options, "steps") is not None:
         raise ValueError(f"--steps: {path} is no chain of halvings; leave --steps out")
     if merged and out is None:
         raise ValueError("--merged: give the new folder, --out DIR; RUN_DIR/export is for the LoRA itself")
     ema = optional_number(options, "ema")
-    folder = export_latent_run(path, Path(out or path / "export"), merged=merged, ema=ema, repository=push, may_draw=True)
+    folder = _write_latent(path, Path(out or path / "export"), merged=merged, ema=ema, repository=push, may_draw=True)
     logger.info("%s: loads with diffusers, README.md says how", folder)
     return folder
+
+
+def _write_latent(
+    run_dir: Path, out: Path, *, merged: bool = False, ema: float | None = None, repository: str | None = None, may_draw: bool = False
+) -> Path:
+    """What is imported now, pixel models do without."""
+    if isinstance(load_recipe(run_dir / "recipe.yaml", ()).model, AutoencoderConfig):
+        from trainer.latents.export_autoencoder import export_autoencoder_run
+
+        if merged:
+            raise ValueError(f"--merged: {run_dir} is an autoencoder's, without an adapter; leave --merged out")
+        return export_autoencoder_run(run_dir, out, ema=ema, repository=repository)
+    from trainer.latents.export import export_latent_run
+
+    return export_latent_run(run_dir, out, merged=merged, ema=ema, repository=repository, may_draw=may_draw)
 
 
 def write_export(source: Source, out: Path, *, repository: str | None = None) -> Path:
