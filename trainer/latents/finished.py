@@ -104,7 +104,7 @@ def load_finished(run_dir: Path, *, ema: float | None = None) -> Finished:
         for name, parameter in learnt.items():
             parameter.copy_(tensors[name])
     trained.module.requires_grad_(False).eval()
-    indexes = _indexes(config, run_dir)
+    indexes = find_indexes(config, run_dir)
     return Finished(
         recipe=recipe,
         config=config,
@@ -154,7 +154,8 @@ def _token(config: RunConfig, trained: Trained) -> tuple[str, Float[Tensor, " d"
     return None if not token or rows is None else (token, rows[0].detach().clone())
 
 
-def _indexes(config: RunConfig, run_dir: Path) -> tuple[ShardIndex, ...]:
+def find_indexes(config: RunConfig, run_dir: Path) -> tuple[ShardIndex, ...]:
+    """Of a recipe's training data, as far as it is there."""
     names: Sequence[str] = [source.shards for source in config.data.mixture] or [config.data.shards or "shards"]
     return tuple(index for name in names if (index := find_index(name, run_dir)) is not None)
 
