@@ -1,5 +1,6 @@
 """Changes of a recipe that need less memory, cheapest in time first; each with the figures of a plan of its own."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import final
@@ -11,6 +12,8 @@ from trainer.plan.gpus import Gpu, Prices
 from trainer.plan.plan import Plan, make_plan, speed_of
 from trainer.plan.plan_input import PlanInput
 from trainer.plan.work import Work, work_of
+
+logger = logging.getLogger(__name__)
 
 Change = Callable[[PlanInput], PlanInput]
 Build = Callable[[], nn.Module]
@@ -53,6 +56,7 @@ def ways_out(plan: Plan, prices: Prices, *, wanted: int = WANTED) -> list[WayOut
             if len(found) >= wanted or left == 0:
                 break
             left -= 1
+            logger.info("it does not fit; trying %s", change)
             other = make_plan(source, prices, name, work=works[source.build], kept=_KEPT_UNKNOWN)
             if other.fits:
                 found.append(WayOut(change, other))

@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.trainer.plan.networks import Case
 from trainer.config import EngineConfig
+from trainer.plan import fake_step
+from trainer.plan.live_bytes import LiveBytes
 from trainer.plan.plan_input import PlanInput
 from trainer.plan.traffic import Part, bytes_sent
+from trainer.plan.work import work_of
 
 PARTS = (Part((64, 100), 4, trained=True), Part((64, 50), 2, trained=False))
 
@@ -47,3 +51,19 @@ def test_zero_gathers_and_reduces_by_its_stage(stage: int, reductions: int, gath
 
 def test_one_rank_sends_nothing() -> None:
     assert bytes_sent(_plan(1, kind="fsdp"), PARTS) == {}
+
+
+def test_the_sums_are_those_of_the_collectives_that_the_engine_really_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried: dict[str, int] = {}
+
+    def count(_: LiveBytes, operator: torch._ops.OpOverload, inputs: tuple, result: object) -> None:
+        if operator in (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default):
+            whole = max(inputs[0].nbytes, inputs[1].nbytes)
+            carried[operator.name()] = carried.get(operator.name(), 0) + whole
+
+    monkeypatch.setattr(fake_step, "_kinds", count)
+    plan = Case("fsdp", "bf16", partly_frozen=True, accumulation=2).plan(200)
+    fake_step.measure(plan)
+    sent = bytes_sent(plan, work_of(plan).parts)
+    assert sent["all-gather of weights"] == pytest.approx(carried["c10d::_allgather_base_"] * 199 / 200)
+    assert sent["reduce-scatter of gradients"] == pytest.approx(carried["c10d::_reduce_scatter_base_"] * 199 / 200)
