@@ -18,6 +18,7 @@ from data_shards.config import (
     MAX_IMAGE_PIXELS,
     READABLE_SCHEMA_VERSIONS,
     is_allowed_extension,
+    is_image,
     member_limit_bytes,
 )
 
@@ -129,15 +130,23 @@ class ShardIndex:
         return index if location is None else replace(index, location=location)
 
     def side(self) -> int:
-        """Side of every image in pixels.
+        """Side of every image in pixels; where encoders have kept none, that of the squares that they saw.
 
-        Raises: ShardIndexError if they differ or there are none.
+        Raises: ShardIndexError if they differ.
         """
+        if self.image_size is None and not self.holds_images():
+            for done in reversed(self.derived):
+                if isinstance(size := done.get("size"), int):
+                    return size
         if self.image_size is None:
             raise ShardIndexError(
                 f"{self.root}: its images have several sizes; set data.image_size to the side in pixels that they are brought to"
             )
         return self.image_size
+
+    def holds_images(self) -> bool:
+        """Whether samples have images, not only what encoders made of them."""
+        return any(is_image(extension) for shard in self.shards for extension in shard.members)
 
     def size_at(self, shard: Shard, position: int) -> tuple[int, int]:
         """Width and height in pixels of a sample's image as it is stored.

@@ -72,8 +72,9 @@ class TrainingData:
         return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
 
     def examples(self, count: int) -> MicroBatch:
-        """The first `count` samples of step 0 at least, with images and captions: the same in every run of this recipe."""
-        read, per_batch = self._reader(("image", "caption")), self.config.micro_batch_size
+        """The first `count` samples of step 0 at least, captions and images (none where the shards hold none): the same in every run."""
+        fields = ("image", "caption") if all(index.holds_images() for index in self.indexes) else ("caption",)
+        read, per_batch = self._reader(fields), self.config.micro_batch_size
         enough = min(-(-count // per_batch), self.config.global_batch_size // per_batch)
         batches = [read[0, index] for index in range(enough)]
         return MicroBatch(

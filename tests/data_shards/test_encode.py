@@ -144,10 +144,12 @@ def test_images_are_left_out_unless_they_are_kept_and_texts_stay(models: Path, f
     assert all(after[name] == before[name] for name in after.keys() & before.keys())
     index = ShardIndex.load(everything)
     assert index.image_size is None and verify(everything) == []
+    assert not index.holds_images() and index.side() == 32, "what the latents are of, which a run on them has to know"
     assert derived(faces, tmp_path / "out", request(models, keep_images=True)) == 0
     kept = members(tmp_path / "out")
     assert kept == {**{name: content for name, content in before.items() if name.endswith(".png")}, **after}
     assert verify(tmp_path / "out") == []
+    assert ShardIndex.load(tmp_path / "out").side() == 48
 
 
 def test_the_reader_gives_what_was_stored(everything: Path) -> None:
