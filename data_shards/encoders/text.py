@@ -42,12 +42,13 @@ class TextEncoder:
         precision: Precision,
         device: torch.device,
         holds_bf16: bool = False,
+        part: Literal["text_encoder", "text_encoder_2"] = "text_encoder",
     ) -> None:
-        """text: as find_model takes it, at the top or in text_encoder/, its tokenizer beside it; tokens: 0 for the model's own number.
+        """text: as find_model takes it, at the top or in `part`, its tokenizer beside it; tokens: 0 for the model's own number.
 
         masks: whether padding is hidden from the encoder; holds_bf16: see `hold_in_bf16`.
         Raises: ValueError if it is another kind of model."""
-        self.files = find_model(text, part="text_encoder")
+        self.files = find_model(text, part=part)
         self._precision: Precision = precision
         self._layer, self._masks, self._device = layer, masks, device
         config = read_json_object(self.files.folder / "config.json")
@@ -67,7 +68,9 @@ class TextEncoder:
         if holds_bf16:
             hold_in_bf16(self._model, precision)
         self._model.to(device).eval()  # pyright: ignore[reportArgumentType] (transformers hides torch's signature)
-        self._tokenizer = AutoTokenizer.from_pretrained(self.files.beside("tokenizer"), local_files_only=True, trust_remote_code=False)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            self.files.beside(part.replace("text_encoder", "tokenizer")), local_files_only=True, trust_remote_code=False
+        )
         limit = _T5_TOKENS if self._class is T5EncoderModel else int(self._model.config.get_text_config().max_position_embeddings)
         self._tokens = tokens or min(limit, self._tokenizer.model_max_length)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from trainer.config import RunConfig
 from trainer.latents.inputs import Cond
 from trainer.latents.trained import Trained, latent_objective
+from trainer.latents.xl import is_xl
 from trainer.models.kandinsky import KandinskyDecoderDenoiser, KandinskyPriorDenoiser
 from trainer.models.stable_diffusion import StableDiffusionDenoiser
 from trainer.models.wuerstchen import WuerstchenPriorDenoiser
@@ -21,6 +22,10 @@ def example(config: RunConfig, trained: Trained, latent_shape: tuple[int, ...], 
             width, cond = int(module.unet.config["cross_attention_dim"]), {}
             if module.text_encoder is None:
                 cond["text"] = torch.zeros(count, CLIP_TOKENS, width)
+                if is_xl(module.unet):
+                    config_values = module.unet.config
+                    pooled = config_values["projection_class_embeddings_input_dim"] - 6 * config_values["addition_time_embed_dim"]
+                    cond |= {"pooled": torch.zeros(count, pooled), "time_ids": torch.zeros(count, 6)}
             else:
                 tokens = int(module.text_encoder.config.get_text_config().max_position_embeddings)
                 cond["input_ids"] = torch.zeros(count, tokens, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -29,6 +29,7 @@ from trainer.draws import LatentDraws
 from trainer.engines.frozen import place_frozen
 from trainer.latents.base import find_part
 from trainer.latents.trained import Trained, latent_config, latent_objective
+from trainer.latents.xl import encode_xl, is_xl
 from trainer.masks import MaskKind, draw_masks, latent_mask
 from trainer.models.deprecated import PriorTransformer
 from trainer.models.frozen_inputs import TextState, image_states, latents, text_states
@@ -59,6 +60,8 @@ class Inputs:
     """(batch with the prompts that count in `captions`, draws, masks of pixels or None) -> x_0, cond."""
     vae: LatentEncoder | None = None
     text: TextEncoder | None = None
+    text_2: TextEncoder | None = None
+    """XL's second one."""
     image: ImageEncoder | None = None
     unscaled: Callable[[Tensor], Tensor] | None = None
     """x_0 back on its encoder's scale, where a pipeline has to ask for it: of Kandinsky's prior."""
@@ -153,13 +156,18 @@ def _stable_diffusion(
     stored = model.latents == "stored"
     vae = None if stored else _vae(config, base, device=device)
     scale, side = _vae_facts(base, config)
-    text, prompts = None, None
+    text, text_2, prompts = None, None, None
+    xl = is_xl(trained.network)
+    layer = "penultimate" if xl else "last"
     if trained.tokenizer is not None:
         prompts = _tokens(trained.tokenizer, device=device)
     else:
         assert isinstance(model, StableDiffusionConfig), "a model from scratch trains its text encoder"
-        text = None if model.text == "stored" else _text(config, model.base, masks=False, device=device)
+        text = None if model.text == "stored" else _text(config, model.base, masks=False, device=device, layer=layer)
         prompts = _dropped_text(config, text, model.base, ("text",), masks=False, device=device)
+    if xl and text is not None:
+        text_2 = _text(config, base, masks=False, device=device, layer=layer, part="text_encoder_2")
+        prompts = _xl_prompts(text, text_2, side, device=device)
 
     def encode(batch: MicroBatch, draws: LatentDraws, masks: Tensor | None) -> tuple[Tensor, Cond]:
         assert draws.posterior is not None, "asked for with has_posterior"
@@ -175,7 +183,7 @@ def _stable_diffusion(
             cond |= {"mask": latent_mask(masks, side), "masked_latents": sample_posterior(moments, noise) * scale}
         return x_0, cond
 
-    return Inputs(needed_fields(config), 4, side, "latents.npy", True, encode, vae=vae, text=text)
+    return Inputs(needed_fields(config), 4, side, "latents.npy", True, encode, vae=vae, text=text, text_2=text_2)
 
 
 def _vae_facts(base: str, config: RunConfig) -> tuple[float, int]:
@@ -232,10 +240,36 @@ def _vae(config: RunConfig, base: str, *, device: torch.device) -> LatentEncoder
     return vae
 
 
-def _text(config: RunConfig, base: str, *, masks: bool, device: torch.device) -> TextEncoder:
+def _xl_prompts(first: TextEncoder, second: TextEncoder, side: int, *, device: torch.device) -> Callable[[MicroBatch, Tensor], Cond]:
+    """XL's conditioning. side: pixels of a latent cell, for latents that are stored."""
+
+    def encode(batch: MicroBatch, dropped: Tensor) -> Cond:
+        stored = batch.tensors.get("latents.npy")
+        height, width = batch.images.shape[2:] if stored is None else (side * stored.shape[2], side * stored.shape[3])
+        return encode_xl(first, second, _kept(batch, dropped), size=(height, width), device=device)
+
+    return encode
+
+
+def _text(
+    config: RunConfig,
+    base: str,
+    *,
+    masks: bool,
+    device: torch.device,
+    layer: Literal["last", "penultimate"] = "last",
+    part: Literal["text_encoder", "text_encoder_2"] = "text_encoder",
+) -> TextEncoder:
     precision = latent_config(config).frozen_precision
     text = TextEncoder(
-        _named(config, base), layer="last", tokens=0, masks=masks, precision=precision, device=device, holds_bf16=precision == "bf16"
+        _named(config, base),
+        layer=layer,
+        tokens=0,
+        masks=masks,
+        precision=precision,
+        device=device,
+        holds_bf16=precision == "bf16",
+        part=part,
     )
     place_frozen(text.module, text.units(), shard_above_gib=config.engine.shard_frozen_above_gib)
     return text

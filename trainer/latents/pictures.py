@@ -139,6 +139,7 @@ class Pictures:
         device, model = ranks.device(), latent_config(self.config)
         parts = Parts(
             text_encoder=TextStandIn() if self.trained.tokenizer is not None else self.inputs.text and self.inputs.text.module,
+            text_encoder_2=self.inputs.text_2 and self.inputs.text_2.module,
             tokenizer=self.trained.tokenizer,
             vae=self.inputs.vae and self.inputs.vae.module,
         )

@@ -27,6 +27,7 @@ from trainer.config import (
 from trainer.diffusion.schedule import build_alpha_bar
 from trainer.latents.base import find_part, scheduler_config
 from trainer.latents.trained import latent_config, latent_objective, load_text_encoder, load_tokenizer
+from trainer.latents.xl import assemble_xl, is_xl
 from trainer.models.deprecated import KandinskyV22Pipeline, KandinskyV22PriorPipeline, WuerstchenPriorPipeline
 from trainer.models.from_config import build_scheduler
 
@@ -39,6 +40,8 @@ class Parts:
     """What a pipeline has beside its trained network; None is loaded from the base."""
 
     text_encoder: object | None = None
+    text_encoder_2: object | None = None
+    """Of XL, together with the first."""
     tokenizer: PreTrainedTokenizerBase | None = None
     vae: nn.Module | None = None
     image_encoder: nn.Module | None = None
@@ -56,6 +59,10 @@ def assemble(config: RunConfig, network: object, parts: Parts, *, device: torch.
             kind = StableDiffusionPipeline if latent_objective(config).inpainting is None else StableDiffusionInpaintPipeline
             text = find_part(model.base, "text_encoder", revision=model.revision)
             vae = parts.vae or _vae(find_part(model.base, "vae", revision=model.revision), device)
+            if is_xl(network):
+                both = None if parts.text_encoder is None else (parts.text_encoder, parts.text_encoder_2)
+                scheduler = trained_scheduler(config, text)
+                return assemble_xl(model, network, vae=vae, text_encoders=both, scheduler=scheduler, device=device)
             known = Parts(
                 text_encoder=parts.text_encoder or load_text_encoder(text).to(device),  # pyright: ignore[reportArgumentType]
                 tokenizer=parts.tokenizer or load_tokenizer(text.beside("tokenizer")),

@@ -166,6 +166,8 @@ def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Traine
             "set objective.inpainting={} to train it as one, or give a text-to-image base in model.base"
         )
     text_encoder, tokenizer = None, None
+    if unet.config.get("addition_embed_type") == "text_time":
+        _check_xl(config, model)
     token = config.dreambooth.new_token if config.dreambooth else None
     if model.train_text_encoder or token is not None:
         text_files = find_part(model.base, "text_encoder", revision=model.revision)
@@ -178,6 +180,20 @@ def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Traine
             assert config.dreambooth is not None, "the token is of its section"
             add_token(tokenizer, text_encoder, token, initializer=config.dreambooth.token_from or _words(config))
     return Trained(StableDiffusionDenoiser(_adapted(config, unet, ATTENTION_TARGETS), text_encoder), files, tokenizer)
+
+
+def _check_xl(config: RunConfig, model: StableDiffusionConfig) -> None:
+    """Raises: ValueError for what is only there for other bases than XL."""
+    asked = {
+        "model.train_text_encoder=true": model.train_text_encoder,
+        "model.text=stored": model.text == "stored",
+        "dreambooth.new_token": config.dreambooth is not None and config.dreambooth.new_token is not None,
+        "objective.inpainting": latent_objective(config).inpainting is not None,
+    }
+    for name in (name for name, wanted in asked.items() if wanted):
+        raise ValueError(
+            f"{name}: not for Stable Diffusion XL, whose two text encoders stay frozen; leave it out, or give another model.base"
+        )
 
 
 def _words(config: RunConfig) -> str:
