@@ -64,6 +64,15 @@ def test_a_step_that_was_left_out_at_the_end_is_counted(run_dir: Path) -> None:
     assert (run_status(run_dir, ended=None).step, run_status(run_dir, ended=None).state) == (10, "done")
 
 
+def test_a_run_whose_export_is_a_lora_is_done(run_dir: Path) -> None:
+    """It is no pipeline and has no model_index.json."""
+    (run_dir / "checkpoints" / "step_000010").mkdir(parents=True)
+    (run_dir / "export").mkdir()
+    for file in ("checkpoints/step_000010/manifest.json", "export/descriptor.json", "export/manifest.json"):
+        (run_dir / file).touch()
+    assert run_status(run_dir, ended=None).state == "done"
+
+
 def test_json_names_what_others_rely_on(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert print_status(run_dir, as_json=True) == 0
     fields = json.loads(capsys.readouterr().out)
