@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce_bucket_size, which halfstep leaves at its default."""
-MAX_LIVE = 1_000_000_000
-"""Elements of stage3_max_live_parameters, the same."""
 _MOMENTS = 2
 
 
@@ -40,13 +38,18 @@ class ZeroLayout:
         self.kept += [self._buffer("averages", self.share) for _ in range(plan.averages)]
         self.kept += [self._buffer("moments", self.share) for _ in range(_MOMENTS)]
         if stage == 3:
+            frozen = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters() if not parameter.requires_grad)
+            self.kept.append(self._buffer("frozen", frozen // 4 // ranks.world_size() if ranks.world_size() > 1 else 0))
             self.kept += [self._buffer("weights", self.share), self._buffer("gradients", self.share), self._buffer("sent", BUCKET)]
         else:
             # DeepSpeed 0.19.8 copies the network's weights into one buffer, and something keeps the memory that they were in.
             self.kept.append(self._buffer("weights", count))
         # Two buckets where reduction overlaps the backward pass, as it does on GPUs.
         self.buckets = 0 if stage == 3 else 2 if on_gpu else 1
-        self.filled, self.reduced, self.accumulated = 0, [], []
+        self.filled = 0
+        self.open_buckets: list[Tensor] = []
+        self.reduced: list[Tensor] = []
+        self.accumulated: list[Tensor] = []
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._reduce)
 
@@ -57,12 +60,10 @@ class ZeroLayout:
         for loss_per_image in losses:
             with autocast(self.precision):
                 loss = loss_per_image(self.network).mean()
-            buckets = [self._buffer("sent", BUCKET) for _ in range(self.buckets)]
             loss.backward()
             self._empty_bucket()
             self.accumulated = self.accumulated or self.reduced
-            self.reduced = []
-            del buckets
+            self.reduced, self.open_buckets = [], []
         flat = self._buffer("gradients", self.share)
         self.accumulated = []
         del flat
@@ -70,7 +71,8 @@ class ZeroLayout:
             parameter.grad = None
 
     def _reduce(self, parameter: Tensor) -> None:
-        """A gradient goes into the bucket, and when that is full this rank's share of it is kept."""
+        """A gradient goes into the bucket, which the first one opens, and when that is full this rank's share of it is kept."""
+        self.open_buckets = self.open_buckets or [self._buffer("sent", BUCKET) for _ in range(self.buckets)]
         if self.stage > 1:
             parameter.grad = None
         self.filled += parameter.numel()
