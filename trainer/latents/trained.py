@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTraine
 
 from data_shards.encoders.files import ModelFiles
 from trainer.adapters.lora import ADDED_ATTENTION_TARGETS, ATTENTION_TARGETS, CLIP_TEXT_TARGETS, add_lora
-from trainer.adapters.tokens import add_token
+from trainer.adapters.tokens import ExtendedEmbedding, add_token
 from trainer.architectures import read_architecture
 from trainer.config import (
     Kandinsky22DecoderConfig,
@@ -26,7 +26,7 @@ from trainer.config import (
 )
 from trainer.config_latent import LatentDenoisingConfig
 from trainer.engines.precision import lower_type
-from trainer.latents.base import find_part
+from trainer.latents.networks import Networks, networks_of
 from trainer.models.deprecated import PriorTransformer, WuerstchenPrior
 from trainer.models.inpainting import INPAINTING_CHANNELS, widen
 from trainer.models.kandinsky import KandinskyDecoderDenoiser, KandinskyPriorDenoiser
@@ -36,7 +36,8 @@ from trainer.rng import generator, seed_weights
 from trainer.tiny_models.vocabulary import WORDS, build_tokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
-LatentConfig = LatentBaseConfig | StableDiffusionConfig | WuerstchenPriorConfig | Kandinsky22PriorConfig | Kandinsky22DecoderConfig
+BaseConfig = StableDiffusionConfig | WuerstchenPriorConfig | Kandinsky22PriorConfig | Kandinsky22DecoderConfig
+LatentConfig = LatentBaseConfig | BaseConfig
 
 
 class LatentDenoiser(Protocol):
@@ -84,30 +85,33 @@ class Trained:
 _DENOISERS = (StableDiffusionDenoiser, WuerstchenPriorDenoiser, KandinskyPriorDenoiser, KandinskyDecoderDenoiser)
 
 
-def build_trained(config: RunConfig) -> Trained:
+def build_trained(config: RunConfig, networks: Networks | None = None) -> Trained:
     """The network that a latent model's recipe trains, with the weights that it starts with; the same on every rank.
 
+    networks: where the base's parts come from; None for the base itself.
     Raises: ValueError if the base is not there, or does not fit the recipe."""
-    match config.model:
-        case LatentBaseConfig() as model:
-            trained = _latent_base(config, model)
-        case StableDiffusionConfig() as model:
-            trained = _stable_diffusion(config, model)
-        case WuerstchenPriorConfig() as model:
-            files = find_part(model.base, "prior", revision=model.revision)
-            prior = WuerstchenPrior.from_pretrained(files.folder, local_files_only=True, use_safetensors=True)
-            trained = Trained(WuerstchenPriorDenoiser(_adapted(config, prior, ATTENTION_TARGETS)), files, None)
-        case Kandinsky22PriorConfig() as model:
-            files = find_part(model.base, "prior", revision=model.revision)
-            prior = PriorTransformer.from_pretrained(files.folder, local_files_only=True, use_safetensors=True)
-            trained = Trained(KandinskyPriorDenoiser(_adapted(config, prior, ATTENTION_TARGETS)), files, None)
-        case Kandinsky22DecoderConfig() as model:
-            files = find_part(model.base, "unet", revision=model.revision)
-            trained = Trained(KandinskyDecoderDenoiser(_adapted(config, _load_unet(files), ADDED_ATTENTION_TARGETS)), files, None)
-        case other:
-            raise ValueError(f"model.kind={other.kind} is no latent denoiser")
+    model = latent_config(config)
+    if isinstance(model, LatentBaseConfig):
+        trained = _latent_base(config, model)
+    else:
+        trained = _adapted_base(config, model, networks or networks_of(model.base, model.revision))
     _hold_frozen(trained.module, config.engine.precision)
     return trained
+
+
+def _adapted_base(config: RunConfig, model: BaseConfig, networks: Networks) -> Trained:
+    if isinstance(model, StableDiffusionConfig):
+        return _stable_diffusion(config, model, networks)
+    name = "unet" if isinstance(model, Kandinsky22DecoderConfig) else "prior"
+    network, files = networks(name)
+    match model, network:
+        case WuerstchenPriorConfig(), WuerstchenPrior():
+            return Trained(WuerstchenPriorDenoiser(_adapted(config, network, ATTENTION_TARGETS)), files, None)
+        case Kandinsky22PriorConfig(), PriorTransformer():
+            return Trained(KandinskyPriorDenoiser(_adapted(config, network, ATTENTION_TARGETS)), files, None)
+        case Kandinsky22DecoderConfig(), UNet2DConditionModel():
+            return Trained(KandinskyDecoderDenoiser(_adapted(config, network, ADDED_ATTENTION_TARGETS)), files, None)
+    raise ValueError(f"model.base={model.base}: its {name} is a {type(network).__name__}, which is not of model.kind={model.kind}")
 
 
 def latent_config(config: RunConfig) -> LatentConfig:
@@ -150,19 +154,21 @@ def small_tokenizer(tokens: int) -> PreTrainedTokenizerBase:
     return build_tokenizer(component.with_config({"model_max_length": tokens}), WORDS)
 
 
-def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Trained:
-    files = find_part(model.base, "unet", revision=model.revision)
-    unet = _load_unet(files)
+def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig, networks: Networks) -> Trained:
+    unet, files = networks("unet")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"model.base={model.base}: its unet is a {type(unet).__name__}, wanted a UNet2DConditionModel")
+    name = model.base if files is None else files.name
     if latent_objective(config).inpainting is not None:
         if isinstance(config.adaptation, LoraAdaptation) and unet.config["in_channels"] != INPAINTING_CHANNELS:
             raise ValueError(
-                f"{files.name} takes {unet.config['in_channels']} channels, and LoRA leaves its first layer as it is, so that it would "
+                f"{name} takes {unet.config['in_channels']} channels, and LoRA leaves its first layer as it is, so that it would "
                 "never see a mask; set adaptation.kind=full, or give an inpainting base in model.base"
             )
         widen(unet)
     elif unet.config["in_channels"] == INPAINTING_CHANNELS:
         raise ValueError(
-            f"{files.name} takes {INPAINTING_CHANNELS} channels: it is an inpainting base; "
+            f"{name} takes {INPAINTING_CHANNELS} channels: it is an inpainting base; "
             "set objective.inpainting={} to train it as one, or give a text-to-image base in model.base"
         )
     text_encoder, tokenizer = None, None
@@ -170,16 +176,28 @@ def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig) -> Traine
         _check_xl(config, model)
     token = config.dreambooth.new_token if config.dreambooth else None
     if model.train_text_encoder or token is not None:
-        text_files = find_part(model.base, "text_encoder", revision=model.revision)
-        text_encoder, tokenizer = load_text_encoder(text_files), load_tokenizer(text_files.beside("tokenizer"))
+        text_encoder, text_files = networks("text_encoder")
+        if not isinstance(text_encoder, CLIPTextModel):
+            raise ValueError(f"model.base={model.base}: its text_encoder is a {type(text_encoder).__name__}, wanted CLIP's")
+        tokenizer = None if text_files is None else load_tokenizer(text_files.beside("tokenizer"))
         if model.train_text_encoder:
             _adapted(config, text_encoder, CLIP_TEXT_TARGETS, purpose="lora of the text encoder", chosen=False)
         else:
             text_encoder.requires_grad_(False)
         if token is not None:
             assert config.dreambooth is not None, "the token is of its section"
-            add_token(tokenizer, text_encoder, token, initializer=config.dreambooth.token_from or _words(config))
+            if tokenizer is None:
+                _add_row(text_encoder)
+            else:
+                add_token(tokenizer, text_encoder, token, initializer=config.dreambooth.token_from or _words(config))
     return Trained(StableDiffusionDenoiser(_adapted(config, unet, ATTENTION_TARGETS), text_encoder), files, tokenizer)
+
+
+def _add_row(text_encoder: CLIPTextModel) -> None:
+    """A new token's row in a text encoder of which only the shape counts."""
+    embedding = text_encoder.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding), "CLIP's is one"
+    text_encoder.set_input_embeddings(ExtendedEmbedding(embedding, embedding.weight[:1]))
 
 
 def _check_xl(config: RunConfig, model: StableDiffusionConfig) -> None:
@@ -235,10 +253,6 @@ def _latent_base(config: RunConfig, model: LatentBaseConfig) -> Trained:
         )
     )
     return Trained(StableDiffusionDenoiser(unet, text_encoder), None, tokenizer)
-
-
-def _load_unet(files: ModelFiles) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(files.folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
 
 
 def _adapted(config: RunConfig, model: Model, usual: Sequence[str], *, purpose: str = "lora", chosen: bool = True) -> Model:
