@@ -108,6 +108,25 @@ def distill(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    cluster: Cluster = "local",
+    ranks: Ranks = None,
+    gpu: Annotated[str | None, typer.Option(metavar="TYPE", help="A type of GPU, such as a100-80gb; a wrong one lists all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a page.")] = False,
+) -> None:
+    """What a run needs before it is submitted: memory, traffic, time, cost; and the cheapest ways out where it does not fit.
+
+    Needs neither a GPU nor the weights.
+
+    Example:  halfstep plan sd21_lora_cartoon --cluster slurm cluster.nodes=8 --gpu a100-80gb"""
+    from launch.plan import print_plan
+
+    end(print_plan(recipe, list(overrides or []), cluster=cluster, ranks=ranks, gpu=gpu, as_json=as_json))
+
+
+@app.command()
 def sample(
     source: Source,
     prompt: Prompts = None,

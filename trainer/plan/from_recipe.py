@@ -6,9 +6,10 @@ from pathlib import Path
 from torch import nn
 
 from data_shards.index import ShardIndex
-from trainer.config import ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.config import AutoencoderConfig, ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.tiny_unet import build_tiny_unet, shard_units
+from trainer.plan.from_latent import latent_plan
 from trainer.plan.plan_input import Frozen, PlanInput, Shapes
 from trainer.plan.work import work_of
 
@@ -21,22 +22,11 @@ def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gp
     """What a plan of this recipe on so many ranks is made of.
 
     Raises: ValueError where the recipe does not say how large the images are, and its shards are not there."""
-    match config.model:
-        case TinyUNetConfig() as model:
-            return _pixel(config, model, world_size=world_size, ranks_per_node=ranks_per_node, on_gpu=on_gpu)
-    raise ValueError(f"model.kind={config.model.kind}: plan does not know this kind of model; it knows tiny_unet")
-
-
-def _pixel(config: RunConfig, model: TinyUNetConfig, *, world_size: int, ranks_per_node: int, on_gpu: bool) -> PlanInput:
     side = image_side(config)
-
-    def build() -> nn.Module:
-        return build_tiny_unet(model, side)
-
-    plan = PlanInput(
-        build=build,
-        units=shard_units,  # type: ignore[arg-type]  # of the network that build makes
-        enable_checkpointing=enable_activation_checkpointing,  # type: ignore[arg-type]
+    common = PlanInput(
+        build=nn.Identity,
+        units=lambda module: (),
+        enable_checkpointing=lambda module: None,
         shapes=Shapes((_CHANNELS, side, side)),
         engine=config.engine,
         micro_batch_size=config.data.micro_batch_size,
@@ -50,6 +40,25 @@ def _pixel(config: RunConfig, model: TinyUNetConfig, *, world_size: int, ranks_p
         ema=config.ema,
         steps=config.train.steps,
         keep_checkpoints=kept_checkpoints(config),
+    )
+    match config.model:
+        case TinyUNetConfig() as model:
+            return _pixel(config, model, common, side=side)
+        case AutoencoderConfig():
+            raise ValueError("model.kind=autoencoder: plan knows what denoises; an autoencoder of this kind is small enough to be tried")
+        case _:
+            return latent_plan(config, common, side=side)
+
+
+def _pixel(config: RunConfig, model: TinyUNetConfig, common: PlanInput, *, side: int) -> PlanInput:
+    def build() -> nn.Module:
+        return build_tiny_unet(model, side)
+
+    plan = replace(
+        common,
+        build=build,
+        units=shard_units,  # type: ignore[arg-type]  # of the network that build makes
+        enable_checkpointing=enable_activation_checkpointing,  # type: ignore[arg-type]
     )
     if not isinstance(config.objective, ProgressiveDistillationConfig):
         return plan

@@ -1,0 +1,140 @@
+"""A latent model's recipe as the input of a plan: the network by its shape, the frozen encoders beside it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trainer.config import (
+    FullAdaptation,
+    Kandinsky22DecoderConfig,
+    Kandinsky22PriorConfig,
+    LatentBaseConfig,
+    LoraAdaptation,
+    RunConfig,
+    StableDiffusionConfig,
+    WuerstchenPriorConfig,
+)
+from trainer.latents.example import example
+from trainer.latents.networks import shape_of, shapes_of
+from trainer.latents.trained import Trained, build_trained, latent_config
+from trainer.models.from_config import build_empty_model
+from trainer.plan.plan_input import DType, Frozen, PlanInput, Shapes
+
+_WUERSTCHEN_CELL, _KANDINSKY_CELL, _LORA_RANK = 32, 8, 4
+
+
+def latent_plan(config: RunConfig, common: PlanInput, *, side: int) -> PlanInput:
+    """The plan of a latent denoiser. common: all that does not depend on the model. side: of the images in pixels.
+
+    Raises: ValueError if the base is neither a folder nor a well-known one."""
+    trained = _on_meta(config)
+    latent = latent_shape(config, side)
+    with torch.device("meta"):
+        x_t, _, cond = example(config, trained, latent)
+    return replace(
+        common,
+        build=lambda: build(config).module,
+        units=lambda module: _denoiser(module).units(),
+        enable_checkpointing=lambda module: _denoiser(module).checkpoint_activations(),
+        shapes=Shapes(tuple(x_t.shape[1:]), {name: tuple(value.shape[1:]) for name, value in cond.items()}),
+        frozen=frozen_encoders(config),
+        variants=_variants(config),
+    )
+
+
+def build(config: RunConfig) -> Trained:
+    """The trained network on torch's default device, without the base's weights; under FakeTensorMode of fake tensors."""
+    model = latent_config(config)
+    # On plain meta tensors: peft moves what it adds from device to device, which fake ones do not bear.
+    with unset_fake_temporarily(), torch.device("meta"):
+        trained = build_trained(config, None if isinstance(model, LatentBaseConfig) else shapes_of(model.base))
+    if torch.get_default_device().type != "meta":
+        for module in trained.module.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, _empty(buffer))
+    return trained
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def latent_shape(config: RunConfig, side: int) -> tuple[int, ...]:
+    """Of one image's x_0. Raises: ValueError if images of this side have no whole latent."""
+    match latent_config(config):
+        case Kandinsky22PriorConfig() as model:
+            width = shape_of(model.base, "prior").config["embedding_dim"]
+            assert isinstance(width, int), "a width is a number"
+            return (width,)
+        case WuerstchenPriorConfig():
+            channels, cell = 16, _WUERSTCHEN_CELL
+        case Kandinsky22DecoderConfig():
+            channels, cell = 4, _KANDINSKY_CELL
+        case LatentBaseConfig() | StableDiffusionConfig() as model:
+            levels = shape_of(_vae_of(model), "vae").config["block_out_channels"]
+            assert isinstance(levels, list | tuple), "an AutoencoderKL has levels"
+            channels, cell = 4, 2 ** (len(levels) - 1)
+    if side % cell:
+        raise ValueError(f"images of {side} pixels have no whole cells of {cell}; set data.image_size to a multiple")
+    return (channels, side // cell, side // cell)
+
+
+def frozen_encoders(config: RunConfig) -> tuple[Frozen, ...]:
+    """The frozen models that encode every micro-batch, by name in their pipeline."""
+    model = latent_config(config)
+    wanted: list[tuple[str, str]] = []
+    if model.latents == "encode":
+        match model:
+            case LatentBaseConfig() | StableDiffusionConfig():
+                wanted.append((_vae_of(model), "vae"))
+            case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
+                wanted.append((model.base, "image_encoder"))
+            case Kandinsky22DecoderConfig():
+                wanted += [(model.base, "movq"), (model.prior, "image_encoder")]
+    trains_text = isinstance(model, StableDiffusionConfig) and (model.train_text_encoder or _new_token(config))
+    if getattr(model, "text", None) == "encode" and not trains_text:
+        assert not isinstance(model, LatentBaseConfig), "it trains its text encoder"
+        wanted.append((model.base, "text_encoder"))
+        if isinstance(model, StableDiffusionConfig) and shape_of(model.base, "unet").config.get("addition_embed_type") == "text_time":
+            wanted.append((model.base, "text_encoder_2"))
+    precision: DType = model.frozen_precision
+    return tuple(Frozen(part, _parameters(base, part), precision=precision) for base, part in wanted)
+
+
+def _parameters(base: str, part: str) -> int:
+    return sum(parameter.numel() for parameter in build_empty_model(shape_of(base, part)).parameters())
+
+
+def _vae_of(model: LatentBaseConfig | StableDiffusionConfig) -> str:
+    return model.autoencoder if isinstance(model, LatentBaseConfig) else model.base
+
+
+def _new_token(config: RunConfig) -> bool:
+    return config.dreambooth is not None and config.dreambooth.new_token is not None
+
+
+def _on_meta(config: RunConfig) -> Trained:
+    with torch.device("meta"):
+        return build(config)
+
+
+def _denoiser(module: nn.Module):
+    """The module by the methods that all latent denoisers have."""
+    return Trained(module, None, None).denoiser
+
+
+def _variants(config: RunConfig) -> Mapping[str, Callable[[PlanInput], PlanInput]]:
+    """Ways out that latent models have: an adapter in the stead of all weights, encoders that are not needed in training."""
+    model, found = latent_config(config), {}
+    if isinstance(config.adaptation, FullAdaptation) and not isinstance(model, LatentBaseConfig):
+        lora = config.model_copy(update={"adaptation": LoraAdaptation(rank=_LORA_RANK)})
+        found["adaptation.kind=lora"] = lambda plan: replace(plan, build=lambda: build(lora).module)
+    inpaints = config.objective.kind == "latent_denoising" and config.objective.inpainting is not None
+    if model.latents == "encode" and not inpaints and config.dreambooth is None and not config.data.horizontal_flip:
+        found["model.latents=stored"] = lambda plan: replace(plan, frozen=tuple(one for one in plan.frozen if one.name.startswith("text")))
+    return found
