@@ -99,6 +99,8 @@ def time_table(model: UNet2DModel, timesteps: Sequence[int]) -> Float[Tensor, "n
 
 def _load_run(run_dir: Path, *, ema: float | None) -> Source:
     recipe_path = run_dir / "recipe.yaml"
+    if is_latent(run_dir):
+        raise ValueError(f"{run_dir}: is of a latent model, and this wants one of pixels; `halfstep sample` and `export` take either")
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise ValueError(

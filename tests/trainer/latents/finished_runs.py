@@ -1,5 +1,6 @@
 """Finished runs of latent models without any training: tiny bases, and real checkpoints of what was trained, moved at random."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.prompting.pictures import draw
 from trainer.prompting.requests import asked
 from trainer.save import write_checkpoint
 from trainer.tasks.latent import LatentMeaning, levels_of
+from trainer.tiny_models.make import make_tiny
 
 SIDE = 64
 STEPS = 2
@@ -32,8 +34,6 @@ class Bases:
     root: Path
 
     def __call__(self, kind: str) -> Path:
-        from trainer.tiny_models.make import make_tiny
-
         folder = self.root / kind
         return folder if folder.exists() else make_tiny(kind, folder)
 
@@ -104,12 +104,16 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed + number) for number in range(count)]
 
 
-def run_card(folder: Path, work: Path, models: Mapping[str, Path]) -> np.ndarray:
-    """Execute the card's example where its names are links, and return the picture that it saves."""
-    import contextlib
+def run_card(folder: Path, work: Path, models: Mapping[str, Path], *, decoder_steps: int | None = None) -> np.ndarray:
+    """Execute the card's example where its names are links, and return the picture that it saves.
 
+    decoder_steps: of Kandinsky's decoder, whose own default of 100 takes seconds; None changes nothing."""
     card = (folder / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
+    if decoder_steps is not None:
+        before, call = code, "decoder(embeds, negative_embeds, "
+        code = code.replace(call, f"{call}num_inference_steps={decoder_steps}, ")
+        assert code != before
     work.mkdir()
     for name, target in {folder.name: folder, **models}.items():
         (work / name).symlink_to(target.resolve())

@@ -4,14 +4,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.trainer.latents.finished_runs import PROMPTS, STEPS, Bases, drawn, largest_difference, recipe, write_run
+from tests.trainer.latents.finished_runs import PROMPTS, STEPS, Bases, drawn, drawn_by, largest_difference, recipe, write_run
 from trainer.export import export_run
 from trainer.export_folder import LORA_FILE
-from trainer.latents.drawing import Given
+from trainer.latents.drawing import Drawer, Given
 from trainer.latents.export import export_latent_run
+from trainer.latents.finished import load_finished
+from trainer.latents.pipelines import Parts, assemble
+from trainer.latents.sizes import picture_side
+from trainer.latents.stand_ins import TextStandIn, stand_in
+from trainer.models.network import network
+from trainer.prompting.folder import load_pipeline
+from trainer.prompting.pictures import no_tick
 from trainer.sample import sample_job
+from trainer.source import load_source
 
 ASKED = {"prompts": [PROMPTS[0]], "images": 1, "steps": STEPS, "guidance": 3.0}
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0}
@@ -76,3 +85,28 @@ def test_the_job_writes_a_grid_or_a_sheet_of_prompts(run_dir: Path, tmp_path: Pa
     assert largest_difference(single, drawn(run_dir, {**ASKED, "seed": 1})[0]) <= 2
     assert sample_job(run_dir, {**ASKED, "prompts": list(PROMPTS), "out": str(tmp_path / "sheet.png")}) == 0
     assert Image.open(tmp_path / "sheet.png").height > 2 * 128
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "wuerstchen_prior", "kandinsky22_prior"])
+def test_a_network_that_still_trains_draws_what_its_finished_run_draws(bases: Bases, tmp_path: Path, kind: str) -> None:
+    device, base = torch.device("cpu"), bases(kind)
+    companions = {"wuerstchen_prior": lambda: base / "decoder", "kandinsky22_prior": lambda: bases("kandinsky22_decoder")}
+    if kind == "stable_diffusion":
+        config = recipe({"kind": kind, "base": str(base), "train_text_encoder": True}, adaptation=LORA)
+    else:
+        config = recipe({"kind": kind, "base": str(base), "decoder": str(companions[kind]())}, adaptation=LORA)
+    folder = write_run(tmp_path / "run", config)
+    asked_for = ASKED if kind == "stable_diffusion" else {**ASKED, "decoder_steps": STEPS}
+    ours, finished = drawn(folder, asked_for), load_finished(folder)
+    standing_in = stand_in(finished.trained, network(finished.trained.module), device=device, tick=no_tick)
+    tokenizer = finished.trained.tokenizer
+    parts = Parts(text_encoder=None if tokenizer is None else TextStandIn(), tokenizer=tokenizer)
+    pipeline = assemble(finished.config, standing_in, parts, device=device)
+    decoder = load_pipeline(companions[kind](), device=device) if kind in companions else None
+    drawer = Drawer(pipeline, decoder, pipeline, picture_side(config, finished.image_size), True)
+    assert largest_difference(drawn_by(drawer, asked_for), ours) <= 2
+
+
+def test_commands_for_models_of_pixels_say_that_they_are(run_dir: Path) -> None:
+    with pytest.raises(ValueError, match="is of a latent model, and this wants one of pixels"):
+        load_source(run_dir)
