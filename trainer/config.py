@@ -1,6 +1,6 @@
 """The recipe: what a run does, and which part of that is the run's identity. Free of torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -203,12 +203,11 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_follow_the_model(cls, recipe: object) -> object:
-        model = recipe.get("model") if isinstance(recipe, dict) else None
-        kind = model.get("kind") if isinstance(model, dict) else None
-        if not isinstance(recipe, dict) or not isinstance(kind, str) or kind not in _LATENT_DEFAULTS:
+        if not isinstance(recipe, dict):
             return recipe
-        objective, noise_schedule = _LATENT_DEFAULTS[kind]
-        return {"objective": {"kind": objective}, "noise_schedule": {"kind": noise_schedule}, **recipe}
+        kinds = {name: {"kind": kind} for name, kind in kinds_of_family(recipe).items()}
+        given = {name: {**kinds[name], **recipe[name]} for name in kinds if isinstance(recipe.get(name), dict)}
+        return {**kinds, **recipe, **given}
 
     @property
     def micro_batches(self) -> int:
@@ -230,6 +229,9 @@ class RunConfig(Section):
             text = f"{buckets.multiple_of} is not a multiple of {2**halvings}, which the levels of model.channels need"
             yield Problem(("data.aspect_buckets.multiple_of", "model.channels"), f"{text}; set data.aspect_buckets.multiple_of=64")
         yield from latent_problems(self)
+        if self.optim.kind == "adamw_8bit" and self.engine.cpu_offload:
+            text = "moments of 8 bits stay on the device, those of adamw can be in the host's memory"
+            yield Problem(("optim.kind", "engine.cpu_offload"), f"{text}; set engine.cpu_offload=false or optim.kind=adamw")
         if self.lr_schedule.warmup_steps >= self.train.steps:
             text = f"{self.lr_schedule.warmup_steps} is not below train.steps={self.train.steps}"
             yield Problem(("lr_schedule.warmup_steps", "train.steps"), f"{text}; set lr_schedule.warmup_steps={self.train.steps // 10}")
@@ -241,6 +243,15 @@ class RunConfig(Section):
             yield from _off_sequence("objective.teacher_steps", self.objective.teacher_steps, levels)
         if self.distill:
             yield from _chain_problems(self, self.distill)
+
+
+def kinds_of_family(recipe: Mapping[str, object]) -> dict[str, str]:
+    """Kinds of the sections that follow the kind of a latent recipe's model where they name none; empty for others."""
+    model = recipe.get("model")
+    kind = model.get("kind") if isinstance(model, dict) else None
+    if not isinstance(kind, str) or kind not in _LATENT_DEFAULTS:
+        return {}
+    return dict(zip(("objective", "noise_schedule"), _LATENT_DEFAULTS[kind], strict=True))
 
 
 def pixel_model(config: RunConfig) -> TinyUNetConfig:

@@ -12,7 +12,7 @@ from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from trainer import strict_yaml
-from trainer.config import Problem, RunConfig, Section
+from trainer.config import Problem, RunConfig, Section, kinds_of_family
 from trainer.config_hints import field_at, section_at, unknown_key
 from trainer.config_wording import dotted, value_at, wanted_instead, wrong_value, wrong_word
 from trainer.strict_yaml import KeyPath, Plain, YamlError
@@ -95,6 +95,9 @@ def load_config(
     Raises: RecipeErrors with every mistake; ValueError if there is no such file."""
     raw = _read(kind, Path(path), prefix, others)
     _apply(kind, raw, overrides)
+    for name, default in kinds_of_family(raw.tree).items() if kind is RunConfig else ():
+        if isinstance(section := raw.tree.get(name), dict):
+            section.setdefault("kind", default)
     _fill_kinds(kind, raw.tree)
     config = _validate(kind, raw)
     if raw.mistakes or config is None:

@@ -65,7 +65,9 @@ class LatentBaseConfig(Section):
             text = f"{len(self.attention)} flags for {len(self.channels)} levels"
             yield Problem(("attention", "channels"), f"{text}; give one flag per width of model.channels={list(self.channels)}")
         elif off := [width for width, on in zip(self.channels, self.attention, strict=True) if on and width % self.head_width]:
-            yield Problem(("head_width", "channels"), f"heads of {self.head_width} channels do not divide the width {off[0]}")
+            yield Problem(
+                ("head_width", "channels"), f"heads of {self.head_width} channels do not divide the width {off[0]}; set a divisor"
+            )
         if off := [width for width in self.channels if width % self.norm_groups]:
             text = f"{self.norm_groups} groups do not divide the width {off[0]}"
             yield Problem(("norm_groups", "channels"), f"{text}; give widths that are multiples of model.norm_groups")

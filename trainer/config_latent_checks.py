@@ -35,6 +35,7 @@ def latent_problems(config: "RunConfig") -> Iterator[Problem]:
         yield Problem(("adaptation.kind", "model.kind"), f"{model.kind} has no base to adapt; set adaptation.kind=full")
     if config.dreambooth is not None and not isinstance(model, StableDiffusionConfig):
         yield Problem(("dreambooth", "model.kind"), "DreamBooth here is of Stable Diffusion; set dreambooth=null")
+    yield from _class_problems(config)
     if config.distill is not None and not isinstance(model, TinyUNetConfig):
         yield Problem(("distill", "model.kind"), f"halvings are of pixel models, not of {model.kind}; leave the distill section out")
     if isinstance(objective, LatentDenoisingConfig):
@@ -43,6 +44,23 @@ def latent_problems(config: "RunConfig") -> Iterator[Problem]:
     if model.kind == "kandinsky22_prior" and config.train.memory_format == "channels_last":
         text = "a prior's latents have no height and width"
         yield Problem(("train.memory_format", "model.kind"), f"{text}; set train.memory_format=contiguous")
+
+
+def _class_problems(config: "RunConfig") -> Iterator[Problem]:
+    """What would only come out after the class images are drawn, which takes hours."""
+    dreambooth, objective = config.dreambooth, config.objective
+    if dreambooth is None or dreambooth.class_prompt is None:
+        return
+    if dreambooth.class_images < config.data.global_batch_size:
+        text = f"{dreambooth.class_images} images are fewer than data.global_batch_size={config.data.global_batch_size}"
+        keys = ("dreambooth.class_images", "data.global_batch_size")
+        yield Problem(keys, f"{text}; set dreambooth.class_images={config.data.global_batch_size} at least")
+    if config.data.aspect_buckets is not None:
+        text = "class images are squares, and go through the network together with the training images"
+        yield Problem(("data.aspect_buckets", "dreambooth.class_prompt"), f"{text}; set data.aspect_buckets=null")
+    if isinstance(objective, LatentDenoisingConfig) and objective.inpainting is not None and objective.inpainting.source == "stored":
+        text = "class images have no masks of their own"
+        yield Problem(("objective.inpainting.source", "dreambooth.class_prompt"), f"{text}; set objective.inpainting.source=drawn")
 
 
 def _objective_problems(config: "RunConfig", objective: LatentDenoisingConfig) -> Iterator[Problem]:
