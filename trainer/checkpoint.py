@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,13 @@ class Staging:
     def __init__(self, state: State, pieces: Sequence[Piece]) -> None:
         self.pieces = [piece for piece in pieces if piece.rank == ranks.rank()]
         shards = named_shards(state)
-        sources = [shards[piece.tensor].values for piece in self.pieces]
-        cuda = any(source.is_cuda for source in sources)
+        held = [shards[piece.tensor] for piece in self.pieces]
+        cuda = any(shard.values.is_cuda for shard in shards.values())
         self.buffer = torch.empty(sum(piece.count for piece in self.pieces), pin_memory=cuda)
         parts = self.buffer.split([piece.count for piece in self.pieces]) if self.pieces else ()
-        self.pairs = [(part.view(source.shape), source) for part, source in zip(parts, sources, strict=True)]
+        shaped = [(part.view(shard.values.shape), shard) for part, shard in zip(parts, held, strict=True)]
+        self.pairs = [(part, shard.values) for part, shard in shaped if shard.packed is None]
+        self.packed = [(part, shard.packed) for part, shard in shaped if shard.packed is not None]
         self.copied = torch.cuda.Event() if cuda else None
         self.header = _header(self.pieces)
 
@@ -117,6 +120,8 @@ class Staging:
         """Take the state as it is now."""
         if self.pairs:
             torch._foreach_copy_([part for part, _ in self.pairs], [source for _, source in self.pairs], non_blocking=True)
+        for part, packed in self.packed:
+            part.copy_(packed.unpack(), non_blocking=True)
         if self.copied:
             self.copied.record()
 
@@ -186,31 +191,44 @@ def read_tensors(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
 def _read_into(
     checkpoint: Checkpoint, shards: Mapping[str, Shard], saved: Mapping[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]]
 ) -> None:
-    reads: dict[str, list[tuple[str, int, Tensor]]] = {}
-    strided = []
+    reads: dict[str, list[tuple[str, int, int, int]]] = {}
+    left: Counter[str] = Counter()
     for name, shard in shards.items():
-        values = shard.values
-        flat = values.view(-1) if values.is_contiguous() else torch.empty(values.numel())
-        if not values.is_contiguous():
-            strided.append((values, flat))
         shape, places = saved[name]
         metadata = TensorStorageMetadata(
             TensorProperties(), torch.Size([torch.Size(shape).numel()]), [_chunk(*place[1:]) for place in places]
         )
-        for item in create_read_items_for_chunk_list(name, metadata, [_chunk(shard.start, values.numel())]):
+        for item in create_read_items_for_chunk_list(name, metadata, [_chunk(shard.start, shard.values.numel())]):
             assert item.storage_index.index is not None
             file = places[item.storage_index.index][0]
-            part = flat.narrow(0, item.dest_offsets[0], item.lengths[0])
-            reads.setdefault(file, []).append((name, item.storage_offsets[0], part))
+            reads.setdefault(file, []).append((name, item.storage_offsets[0], item.dest_offsets[0], item.lengths[0]))
+            left[name] += 1
+    flat: dict[str, Tensor] = {}
     try:
         for file, wanted in sorted(reads.items()):
             with safe_open(checkpoint.path / file, framework="pt") as tensors:
-                for name, offset, part in wanted:
-                    part.copy_(tensors.get_tensor(name).view(-1).narrow(0, offset, part.numel()))
+                for name, at, to, count in wanted:
+                    flat[name] = flat[name] if name in flat else _row_major(shards[name])
+                    flat[name].narrow(0, to, count).copy_(tensors.get_tensor(name).view(-1).narrow(0, at, count))
+                    left[name] -= 1
+                    if not left[name]:
+                        _finish(shards[name], flat.pop(name))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{checkpoint.path}: a file does not hold what its manifest says: {error}") from error
-    for values, flat in strided:
-        values.copy_(flat.view(values.shape))
+
+
+def _row_major(shard: Shard) -> Tensor:
+    """Flat memory to read a shard into: its own where that is fp32 in row-major order."""
+    in_place = shard.packed is None and shard.values.is_contiguous()
+    return shard.values.view(-1) if in_place else torch.empty(shard.values.numel())
+
+
+def _finish(shard: Shard, flat: Tensor) -> None:
+    """Put what was read into the shard, if it is not there yet."""
+    if shard.packed is not None:
+        shard.packed.pack(flat.view(shard.values.shape))
+    elif not shard.values.is_contiguous():
+        shard.values.copy_(flat.view(shard.values.shape))
 
 
 def _saved_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]]:

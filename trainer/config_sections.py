@@ -234,8 +234,8 @@ NoiseScheduleConfig = Annotated[
 class OptimConfig(Section):
     """Optimizer and gradient clipping."""
 
-    kind: Literal["adamw", "adam"] = "adamw"
-    """adamw: weight decay apart from the gradient; adam: weight decay as a part of it."""
+    kind: Literal["adamw", "adam", "adamw_8bit"] = "adamw"
+    """adamw: weight decay apart from the gradient; adam: weight decay as a part of it; adamw_8bit: adamw, moments kept in 8 bits."""
     learning_rate: Positive = 6e-4
     """Peak learning rate per optimizer step."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)

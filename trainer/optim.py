@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from trainer.config import LRScheduleConfig, OptimConfig
+from trainer.optim_8bit import AdamW8bit
 
 
-def build_optimizer(optim: OptimConfig, parameters: Sequence[Tensor]) -> torch.optim.AdamW | torch.optim.Adam:
-    """Adam or AdamW in one fused kernel; the loop sets the rate before each step.
+def build_optimizer(optim: OptimConfig, parameters: Sequence[Tensor]) -> torch.optim.AdamW | torch.optim.Adam | AdamW8bit:
+    """Adam or AdamW in one fused kernel, or AdamW with moments in 8 bits; the loop sets the rate before each step.
 
-    Source: Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101."""
+    Source: Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101; Dettmers et al. 2021, arXiv:2110.02861."""
+    if optim.kind == "adamw_8bit":
+        return AdamW8bit(parameters, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.kind]
     return kind(list(parameters), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
 

@@ -2,23 +2,27 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from data_shards import ranks
-from trainer.checkpoint import agree_on_pieces
+from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, load_state, named_shards
 from trainer.config import EmaConfig, OptimConfig, TinyUNetConfig
 from trainer.engines.deepspeed_zero import DeepSpeedZero
 from trainer.engines.engine import Engine, LossPerImage
 from trainer.engines.frozen import place_frozen
 from trainer.engines.fsdp import FullySharded
 from trainer.engines.replicated import Replicated
+from trainer.manifest import Retention
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.dropout import use_logical_dropout
 from trainer.models.network import network as as_function
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, shard_units
+from trainer.save import Saver
 
 MICRO_BATCHES, IMAGES, SIDE = 4, 2, 16
 # A large eps: where a gradient is rounding noise, as before a group norm, Adam would blow that up to whole steps.
@@ -38,6 +42,7 @@ class Options:
     activation_checkpointing: bool = False
     replicas: int = 1
     cpu_offload: bool = False
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
 
 
 def take_steps(options: dict[str, object], steps: int) -> dict[str, object]:
@@ -59,6 +64,37 @@ def take_steps(options: dict[str, object], steps: int) -> dict[str, object]:
     }
 
 
+def go_on_from_a_checkpoint(options: dict[str, object], folder: str) -> dict[str, object]:
+    """The steps after a checkpoint, once without a break and once by a new engine that has loaded it.
+
+    `different`: tensors of this rank's state that are not, bit for bit, the same after both."""
+    engine, fresh = (build(Options(**options)) for _ in range(2))  # type: ignore[arg-type]
+    pieces = agree_on_pieces(engine.state())
+    for step in range(3):
+        engine.step(step, losses(step), learning_rate=1e-3, votes=[1.0], loss_limit=None)
+    keep = Retention(keep_last=2, keep_every_steps=None, keep_best=0)
+    saver = Saver(Path(folder), engine.state(), pieces, retention=keep, asynchronous=False, timeout_seconds=60.0)
+    saver.start(3, {})
+    saver.finish()
+    checkpoint = agreed_checkpoint(Path(folder))
+    assert checkpoint is not None
+    load_state(checkpoint, fresh.state(), pieces)
+    fresh.restored({})
+    both = []
+    for each in (engine, fresh):
+        results = [each.step(step, losses(step), learning_rate=1e-3, votes=[1.0], loss_limit=None) for step in range(3, 6)]
+        both.append([(result.loss, result.gradient_norm) for result in results])
+    held, wanted = (
+        {name: shard.packed.unpack() if shard.packed else shard.values for name, shard in named_shards(each.state()).items()}
+        for each in (fresh, engine)
+    )
+    return {
+        "undisturbed": both[0],
+        "resumed": both[1],
+        "different": [name for name, tensor in wanted.items() if not torch.equal(held[name], tensor)],
+    }
+
+
 def use_a_large_frozen_model() -> list[float]:
     """The outputs of a frozen model that is whole on every rank, and of one that the ranks share."""
     x_t, timestep = torch.ones(1, 3, SIDE, SIDE), torch.tensor([500.0])
@@ -77,11 +113,12 @@ def use_a_large_frozen_model() -> list[float]:
 def build(options: Options) -> Engine:
     """The engine of some options around a network whose weights are the same each time."""
     module = network(options)
+    optim = OPTIM.model_copy(update={"kind": options.optimizer})
     match options.kind:
         case "replicated":
             return Replicated(
                 module,
-                optim=OPTIM,
+                optim=optim,
                 ema=EMA,
                 precision=options.precision,
                 memory_format=options.memory_format,
@@ -91,7 +128,7 @@ def build(options: Options) -> Engine:
             return FullySharded(
                 module,
                 shard_units(module),
-                optim=OPTIM,
+                optim=optim,
                 ema=EMA,
                 precision=options.precision,
                 memory_format=options.memory_format,
@@ -103,7 +140,7 @@ def build(options: Options) -> Engine:
             return DeepSpeedZero(
                 module,
                 stage=int(options.kind.removeprefix("zero_")),
-                optim=OPTIM,
+                optim=optim,
                 ema=EMA,
                 precision=options.precision,
                 memory_format=options.memory_format,

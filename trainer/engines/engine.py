@@ -38,6 +38,18 @@ class StepResult:
         return sum(self.losses) / len(self.losses)
 
 
+class Packed(Protocol):
+    """Elements that the engine keeps in another form than fp32; packing what was unpacked changes no bit of it."""
+
+    def unpack(self) -> Tensor:
+        """A copy in fp32, shaped as the shard's `values`."""
+        ...
+
+    def pack(self, values: Tensor) -> None:
+        """Take these in the old ones' place. values: on any device, shaped as the shard's `values`."""
+        ...
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Shard:
@@ -47,7 +59,10 @@ class Shard:
     """Of the whole tensor."""
     start: int
     values: Tensor
-    """A view into the engine's memory, to read or to overwrite: of the whole tensor's shape and any strides, or flat."""
+    """A view into the engine's memory, to read or to overwrite: of the whole tensor's shape and any strides, or flat.
+
+    Where `packed` is given it has no memory (device meta), only shape and strides."""
+    packed: Packed | None = None
 
 
 State = Mapping[str, Mapping[str, Shard]]

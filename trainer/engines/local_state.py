@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -12,6 +12,7 @@ from trainer.config import EmaConfig, OptimConfig
 from trainer.ema import ema_decay
 from trainer.engines.engine import Outcome, Shard, clip_factor, judge
 from trainer.engines.loss_scale import LossScale
+from trainer.optim_8bit import BLOCK, AdamW8bit, Moment, Span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,11 +32,36 @@ class Place:
 
     def view(self, buffers: Sequence[Tensor]) -> Tensor:
         """The part in one kind of buffers, in the parameter's shape if it is the whole parameter, else flat."""
-        part = buffers[self.buffer].detach()[self.offset : self.offset + self.count]
+        return self.shaped(buffers[self.buffer].detach()[self.offset : self.offset + self.count])
+
+    def shaped(self, part: Tensor) -> Tensor:
+        """A view of `count` elements in the buffer's order, in the parameter's shape if that is the whole parameter, else flat."""
         if self.channels_last and len(self.shape) == 4:
             out_channels, in_channels, height, width = self.shape
             return part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
         return part.view(self.shape) if self.start == 0 and self.count == _numel(self.shape) else part
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PackedPart:
+    """A parameter's part of a moment of 8 bits: whole blocks, in the order of the buffer that the parameter lies in."""
+
+    moment: Moment
+    first: int
+    """Block."""
+    place: Place
+
+    def unpack(self) -> Tensor:
+        """See Packed."""
+        blocks = self.moment.read(self.first, -(-self.place.count // BLOCK))
+        return self.place.shaped(blocks.view(-1)[: self.place.count])
+
+    def pack(self, values: Tensor) -> None:
+        """See Packed."""
+        blocks = self.moment.scales.new_zeros(-(-self.place.count // BLOCK), BLOCK)
+        self.place.shaped(blocks.view(-1)[: self.place.count]).copy_(values)
+        self.moment.write(self.first, blocks)
 
 
 @final
@@ -58,16 +84,29 @@ class LocalState:
         self.scale = LossScale(enabled=precision == "fp16")
         self.decays = (ema.decay, *ema.more_decays)
         self.averages = [[buffer.detach().clone() for buffer in self.weights] for _ in self.decays]
+        self.packed: dict[str, list[PackedPart]] = {}
+        if isinstance(optimizer, AdamW8bit):
+            spans = [Span(self.weights[place.buffer], place.offset, place.count) for place in places.values()]
+            firsts = optimizer.lay_out(spans)
+            for kind, moment in optimizer.moments.items():
+                self.packed[kind] = [PackedPart(moment, *part) for part in zip(firsts, places.values(), strict=True)]
         for buffer in self.weights:
-            moments = {moment: torch.zeros_like(buffer.detach()) for moment in MOMENTS}
-            self.optimizer.state[buffer] = {"step": torch.zeros((), device=buffer.device), **moments}
+            if isinstance(optimizer, AdamW8bit):
+                self.optimizer.state[buffer] = {"step": 0}
+            else:
+                moments = {moment: torch.zeros_like(buffer.detach()) for moment in MOMENTS}
+                self.optimizer.state[buffer] = {"step": torch.zeros((), device=buffer.device), **moments}
+
+    def moments(self) -> list[Tensor]:
+        """The memory that holds Adam's moments."""
+        if self.packed:
+            return [tensor for parts in self.packed.values() for tensor in (parts[0].moment.codes, parts[0].moment.scales)]
+        return [self.optimizer.state[buffer][moment] for moment in MOMENTS for buffer in self.weights]
 
     def shards(self) -> dict[str, dict[str, Shard]]:
         """See Engine.state."""
-        moments = {moment: [self.optimizer.state[buffer][moment] for buffer in self.weights] for moment in MOMENTS}
         named = {f"ema_{number}" if number else "ema": self._named(average) for number, average in enumerate(self.averages)}
-        optimizer = {f"{moment}.{name}": shard for moment, buffers in moments.items() for name, shard in self._named(buffers).items()}
-        return {"model": self._named(self.weights), **named, "optimizer": optimizer}
+        return {"model": self._named(self.weights), **named, "optimizer": self._moments()}
 
     def judge(self, losses: Sequence[float], gradient_norm: float, *, loss_limit: float | None) -> Outcome:
         """What becomes of a step; gradient_norm: without the loss scale."""
@@ -136,6 +175,17 @@ class LocalState:
     @torch.no_grad()
     def _overwrite(self, values: Sequence[Tensor]) -> None:
         torch._foreach_copy_(self.weights, list(values))
+
+    def _moments(self) -> dict[str, Shard]:
+        if not self.packed:
+            moments = {moment: [self.optimizer.state[buffer][moment] for buffer in self.weights] for moment in MOMENTS}
+            return {f"{moment}.{name}": shard for moment, buffers in moments.items() for name, shard in self._named(buffers).items()}
+        shapes = self._named([torch.empty_like(buffer, device="meta") for buffer in self.weights])
+        return {
+            f"{moment}.{name}": replace(shard, packed=part)
+            for moment, parts in self.packed.items()
+            for (name, shard), part in zip(shapes.items(), parts, strict=True)
+        }
 
     def _named(self, buffers: Sequence[Tensor]) -> dict[str, Shard]:
         return {name: Shard(shape=place.shape, start=place.start, values=place.view(buffers)) for name, place in self.places.items()}
