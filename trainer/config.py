@@ -232,9 +232,6 @@ class RunConfig(Section):
         if self.optim.kind == "adamw_8bit" and self.engine.cpu_offload:
             text = "moments of 8 bits stay on the device, those of adamw can be in the host's memory"
             yield Problem(("optim.kind", "engine.cpu_offload"), f"{text}; set engine.cpu_offload=false or optim.kind=adamw")
-        if self.optim.kind == "adamw_8bit" and self.engine.cpu_offload:
-            text = "moments of 8 bits stay on the device, those of adamw can be in the host's memory"
-            yield Problem(("optim.kind", "engine.cpu_offload"), f"{text}; set engine.cpu_offload=false or optim.kind=adamw")
         if self.lr_schedule.warmup_steps >= self.train.steps:
             text = f"{self.lr_schedule.warmup_steps} is not below train.steps={self.train.steps}"
             yield Problem(("lr_schedule.warmup_steps", "train.steps"), f"{text}; set lr_schedule.warmup_steps={self.train.steps // 10}")
