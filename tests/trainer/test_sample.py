@@ -113,3 +113,14 @@ def test_a_wrong_option_is_named_and_nothing_written(
     with pytest.raises(ValueError, match=complaint):
         sample_job(run_dir, named)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_model_of_pixels_is_told_nothing(write_run: WriteRun, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", student_steps=2)
+    for options, message in (
+        ({"prompts": ["a woman"]}, "--prompt: this model draws images of one kind and reads no text"),
+        ({"size": "64"}, "--size: this model draws images of one kind"),
+        ({"lora_scale": 0.5}, "--lora-scale: this model draws images of one kind with nothing beside it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_job(run_dir, options)
