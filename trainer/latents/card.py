@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 from trainer.config import LatentBaseConfig, LoraAdaptation, RunConfig
 from trainer.export_folder import is_hub_id, public_name
@@ -36,8 +36,8 @@ class CardFacts:
     form: Form
     code: str
     """The example."""
-    has_samples: bool
-    """Whether samples.png lies beside the card."""
+    samples: Literal["sheet", "drawn"] | None
+    """What samples.png beside the card is: the run's last sheet, or drawn for the card."""
     files: tuple[str, ...]
     """Of an adapter, beside diffusers' own."""
 
@@ -95,12 +95,13 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _samples(facts: CardFacts) -> str:
-    if not facts.has_samples:
+    if facts.samples is None:
         return "No pictures were drawn for this card."
     recipe = facts.finished.recipe
     validation = recipe.validation
     how = f"{recipe.logging.sample_steps} steps, guidance {validation.guidance_scale:g}, seeds from {validation.seed}, not selected"
-    return f"![Pictures drawn from fixed seeds](samples.png)\n\nsamples.png: {how}. Prompts: {_prompt_list(recipe)}."
+    before = " What stands under `base` was drawn before training." if facts.samples == "sheet" else ""
+    return f"![Pictures drawn from fixed seeds](samples.png)\n\nsamples.png: {how}. Prompts: {_prompt_list(recipe)}.{before}"
 
 
 def _prompt_list(recipe: RunConfig) -> str:

@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from typing import Literal
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -65,20 +66,21 @@ def export_latent_run(
         samples = shown or (draw_card_pictures(finished, pipeline) if may_draw else None)
         if samples is not None:
             (folder / SAMPLES_FILE).write_bytes(samples)
-        _write_papers(folder, finished, form, name=repository or out.name, has_samples=samples is not None)
+        kind = None if samples is None else "sheet" if shown else "drawn"
+        _write_papers(folder, finished, form, name=repository or out.name, samples=kind)
         seal(folder, facts)
 
     return write_folder(out, fill)
 
 
-def _write_papers(folder: Path, finished: Finished, form: Form, *, name: str, has_samples: bool) -> None:
+def _write_papers(folder: Path, finished: Finished, form: Form, *, name: str, samples: Literal["sheet", "drawn"] | None) -> None:
     """Card, recipe, and what the weights mean."""
     (folder / "descriptor.json").write_text(json_text({"schema_version": SCHEMA_VERSION, **finished.meaning}))
     (folder / "recipe.yaml").write_text(dump_yaml(portable_recipe(finished.recipe)))
     side = picture_side(finished.recipe, finished.image_size)
     code = usage_code(Exported(finished.recipe, form, name, side, finished.token is not None))
     files = tuple(sorted(path.name for path in folder.iterdir()))
-    card = CardFacts(finished, form=form, code=code, has_samples=has_samples, files=files)
+    card = CardFacts(finished, form=form, code=code, samples=samples, files=files)
     (folder / "README.md").write_text(latent_card(card))
 
 
