@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import (
     FullAdaptation,
@@ -21,8 +22,10 @@ from trainer.latents.example import example
 from trainer.latents.networks import shape_of, shapes_of
 from trainer.latents.trained import Trained, build_trained, latent_config
 from trainer.models.from_config import build_empty_model
+from trainer.plan.live_bytes import LiveBytes
 from trainer.plan.plan_input import DType, Frozen, PlanInput, Shapes
 
+BF16 = torch.bfloat16
 _WUERSTCHEN_CELL, _KANDINSKY_CELL, _LORA_RANK = 32, 8, 4
 
 
@@ -40,7 +43,7 @@ def latent_plan(config: RunConfig, common: PlanInput, *, side: int) -> PlanInput
         units=lambda module: _denoiser(module).units(),
         enable_checkpointing=lambda module: _denoiser(module).checkpoint_activations(),
         shapes=Shapes(tuple(x_t.shape[1:]), {name: tuple(value.shape[1:]) for name, value in cond.items()}),
-        frozen=frozen_encoders(config),
+        frozen=frozen_encoders(config, side=side),
         variants=_variants(config),
     )
 
@@ -52,12 +55,17 @@ def build(config: RunConfig) -> Trained:
     with unset_fake_temporarily(), torch.device("meta"):
         trained = build_trained(config, None if isinstance(model, LatentBaseConfig) else shapes_of(model.base))
     if torch.get_default_device().type != "meta":
-        for module in trained.module.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, _empty(buffer))
+        _fill(trained.module)
     return trained
+
+
+def _fill(module: nn.Module) -> None:
+    """Put tensors of torch's default device and mode in the place of meta ones."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, _empty(buffer))
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -84,8 +92,8 @@ def latent_shape(config: RunConfig, side: int) -> tuple[int, ...]:
     return (channels, side // cell, side // cell)
 
 
-def frozen_encoders(config: RunConfig) -> tuple[Frozen, ...]:
-    """The frozen models that encode every micro-batch, by name in their pipeline."""
+def frozen_encoders(config: RunConfig, *, side: int) -> tuple[Frozen, ...]:
+    """The frozen models that encode every micro-batch, by name in their pipeline. side: of the images in pixels."""
     model = latent_config(config)
     wanted: list[tuple[str, str]] = []
     if model.latents == "encode":
@@ -103,11 +111,32 @@ def frozen_encoders(config: RunConfig) -> tuple[Frozen, ...]:
         if isinstance(model, StableDiffusionConfig) and shape_of(model.base, "unet").config.get("addition_embed_type") == "text_time":
             wanted.append((model.base, "text_encoder_2"))
     precision: DType = model.frozen_precision
-    return tuple(Frozen(part, _parameters(base, part), precision=precision) for base, part in wanted)
+    return tuple(_frozen(base, part, precision, side=side, count=config.data.micro_batch_size) for base, part in wanted)
 
 
-def _parameters(base: str, part: str) -> int:
-    return sum(parameter.numel() for parameter in build_empty_model(shape_of(base, part)).parameters())
+def _frozen(base: str, part: str, precision: DType, *, side: int, count: int) -> Frozen:
+    """A frozen model; what an autoencoder holds while it encodes is counted, the others hold little beside their weights."""
+    model = build_empty_model(shape_of(base, part))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    encoder = getattr(model, "encoder", None)
+    if part not in ("vae", "movq") or not isinstance(encoder, nn.Module):
+        return Frozen(part, parameters, precision=precision)
+    held, flops = _encoding(encoder, precision, side=side, count=count)
+    return Frozen(part, parameters, precision=precision, work_bytes=held, flops_per_image=flops)
+
+
+def _encoding(encoder: nn.Module, precision: DType, *, side: int, count: int) -> tuple[int, int]:
+    """Most bytes that live while `count` images are encoded, the weights aside, and operations of one image."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder(torch.empty(1, 3, side, side))
+    if precision == "bf16":
+        encoder.to(BF16)  # on meta tensors: fake ones do not bear to be moved
+    with FakeTensorMode():
+        _fill(encoder)
+        with LiveBytes() as live, torch.no_grad():
+            live.label("weights", encoder.parameters())
+            encoder(torch.empty(count, 3, side, side, dtype=BF16 if precision == "bf16" else torch.float32))
+            return live.tally.peak - live.tally.now.get("weights", 0), counter.get_total_flops()
 
 
 def _vae_of(model: LatentBaseConfig | StableDiffusionConfig) -> str:
