@@ -58,6 +58,8 @@ def export_latent_run(
     sheet = run_dir / "samples" / f"step_{finished.checkpoint.step:06d}.png"
     shown = sheet.read_bytes() if sheet.is_file() and average_part(finished.checkpoint, ema) == "ema" else None
 
+    side = picture_side(finished.recipe, finished.image_size)
+
     def fill(folder: Path) -> None:
         folder.mkdir(parents=True)
         pipeline = build_pipeline(finished, merged=merged) if form == "pipeline" else _write_lora(folder, finished)
@@ -67,20 +69,21 @@ def export_latent_run(
         if samples is not None:
             (folder / SAMPLES_FILE).write_bytes(samples)
         kind = None if samples is None else "sheet" if shown else "drawn"
-        _write_papers(folder, finished, form, name=repository or out.name, samples=kind)
+        name, class_name = repository or out.name, type(pipeline).__name__
+        exported = Exported(finished.recipe, form, name, side, finished.token is not None, class_name)
+        _write_papers(folder, finished, exported, samples=kind)
         seal(folder, facts)
 
     return write_folder(out, fill)
 
 
-def _write_papers(folder: Path, finished: Finished, form: Form, *, name: str, samples: Literal["sheet", "drawn"] | None) -> None:
+def _write_papers(folder: Path, finished: Finished, exported: Exported, *, samples: Literal["sheet", "drawn"] | None) -> None:
     """Card, recipe, and what the weights mean."""
     (folder / "descriptor.json").write_text(json_text({"schema_version": SCHEMA_VERSION, **finished.meaning}))
     (folder / "recipe.yaml").write_text(dump_yaml(portable_recipe(finished.recipe)))
-    side = picture_side(finished.recipe, finished.image_size)
-    code = usage_code(Exported(finished.recipe, form, name, side, finished.token is not None))
+    code = usage_code(exported)
     files = tuple(sorted(path.name for path in folder.iterdir()))
-    card = CardFacts(finished, form=form, code=code, samples=samples, files=files)
+    card = CardFacts(finished, form=exported.form, code=code, samples=samples, files=files)
     (folder / "README.md").write_text(latent_card(card))
 
 

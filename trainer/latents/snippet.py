@@ -28,6 +28,8 @@ class Exported:
     name: str
     image_size: int | None
     has_token: bool
+    pipeline: str
+    """Class of the stock pipeline around what was trained."""
 
 
 def prompts_of(recipe: RunConfig) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ def usage_code(exported: Exported) -> str:
 def _stable_diffusion(exported: Exported) -> list[str]:
     recipe = exported.recipe
     inpaints = latent_objective(recipe).inpainting is not None
-    kind = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    kind = exported.pipeline
     base = _of_base(exported, recipe.model.base if isinstance(recipe.model, StableDiffusionConfig) else "")
     lines = [f"import torch\nfrom diffusers import {kind}"]
     scheduler = exported.form == "lora" and needs_scheduler(recipe)

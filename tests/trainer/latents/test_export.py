@@ -27,6 +27,7 @@ from tests.trainer.latents.finished_runs import (
 )
 from trainer.export import export_job, export_run
 from trainer.export_folder import exported_checkpoint, exported_sha256
+from trainer.latents.drawing import Given
 from trainer.latents.export import export_latent_run
 from trainer.latents.finished import load_finished
 from trainer.manifest import newest_checkpoint
@@ -126,6 +127,19 @@ def test_an_inpainting_run_is_a_stock_inpainting_pipeline(bases: Bases, tmp_path
             given = {"image": Image.open(image), "mask_image": Image.open(mask), "height": side, "width": side}
             [picture] = loaded("a couple", num_inference_steps=1, **given).images  # pyright: ignore
             assert picture.size == (side, side)
+
+
+@pytest.mark.parametrize("adaptation", [{"kind": "full"}, LORA])
+def test_stable_diffusion_xl_is_loaded_by_stock_diffusers(bases: Bases, tmp_path: Path, adaptation: dict[str, object]) -> None:
+    base = bases("stable_diffusion_xl")
+    run_dir = write_run(tmp_path / "run", recipe({"kind": "stable_diffusion", "base": str(base)}, adaptation=adaptation), moved=0.02)
+    ours, folder = drawn(run_dir, ONE), export_run(run_dir)
+    assert largest_difference(drawn(folder, ONE), ours) <= 2
+    assert largest_difference(run_card(folder, tmp_path / "work", {base.name: base}), ours[0]) <= 2
+    if adaptation is LORA:
+        on_base = {**ONE, "size": str(SIDE)}
+        assert largest_difference(drawn(base, on_base, Given(lora=folder / "run_kohya.safetensors")), ours) <= 2
+        assert largest_difference(drawn(base, on_base), ours) > 2
 
 
 def test_a_model_from_scratch_is_a_whole_pipeline_that_can_be_a_base(bases: Bases, tmp_path: Path) -> None:
