@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES, SHARDS = "class_images", "class_shards"
 """Folders in RUN_DIR."""
-_BLOCK = 4
-"""Images a rank draws between two looks at whether to stop."""
+_GROUP = 4
+"""Images a rank draws in one batch, always the same ones, between two looks at whether to stop."""
 
 
 @final
@@ -48,14 +48,14 @@ class ClassImages:
                 f"{self.run_dir / IMAGES}: {len(missing)} of {self.dreambooth.class_images} class images are gone, and the run has begun, "
                 f"so that its model is not the base any more; put them or {SHARDS}/ back, or start a new --run-dir"
             )
-        block = _BLOCK * ranks.world_size()
-        for first in range(0, len(missing), block):
+        groups, at_once = sorted({number // _GROUP for number in missing}), ranks.world_size()
+        for first in range(0, len(groups), at_once):
+            left = [number for number in missing if number // _GROUP >= groups[first]]
             if ranks.any_rank(asked_to_stop()):
-                logger.info("asked to stop; %d class images are still to be drawn", len(missing) - first)
+                logger.info("asked to stop; %d class images are still to be drawn", len(left))
                 return False
-            self._draw(network, missing[first : first + block], tick)
-            left = max(0, len(missing) - first - block)
-            logger.info("class images: %d of %d", self.dreambooth.class_images - left, self.dreambooth.class_images)
+            logger.info("class images: %d of %d", self.dreambooth.class_images - len(left), self.dreambooth.class_images)
+            self._draw(network, groups[first : first + at_once], left, tick)
         if ranks.is_rank_0():
             self._pack()
         ranks.barrier()
@@ -75,12 +75,17 @@ class ClassImages:
     def _file(self, number: int) -> Path:
         return self.run_dir / IMAGES / f"class_{number:05d}.png"
 
-    def _draw(self, network: Network, numbers: Sequence[int], tick: Tick) -> None:
+    def _draw(self, network: Network, groups: Sequence[int], wanted: Sequence[int], tick: Tick) -> None:
+        """Draw whole groups, one a rank, and write the images that are wanted. Collective."""
+        # The last bits of an image depend on what is drawn with it: so the last group is whole, too, and no rank gets less than a group.
+        whole = [*groups, *[groups[-1]] * (ranks.world_size() - len(groups))]
+        numbers = [group * _GROUP + place for group in whole for place in range(_GROUP)]
         drawn = self.pictures.draw_requests(network, [self._request(number) for number in numbers], tick=tick)
         if ranks.is_rank_0():
             (self.run_dir / IMAGES).mkdir(exist_ok=True)
-            for number, image in zip(numbers, drawn.numpy(), strict=True):
-                replace_file(self._file(number), png(Image.fromarray(image)))
+            images = dict(zip(numbers, drawn.numpy(), strict=True))
+            for number in set(wanted) & images.keys():
+                replace_file(self._file(number), png(Image.fromarray(images[number])))
 
     def _request(self, number: int) -> PictureRequest:
         size = (self.image_size, self.image_size)

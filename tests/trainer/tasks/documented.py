@@ -61,8 +61,9 @@ class Documented:
         self.unet = UNet2DConditionModel.from_pretrained(base / "unet")
         self.text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
         self.tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-        more = {"rescale_betas_zero_snr": True} if settings.zero_terminal_snr else {}
-        self.noise_scheduler = cast("DDPMScheduler", DDPMScheduler.from_pretrained(base / "scheduler", **more))
+        self.noise_scheduler = cast(
+            "DDPMScheduler", DDPMScheduler.from_pretrained(base / "scheduler", rescale_betas_zero_snr=settings.zero_terminal_snr)
+        )
         if settings.lora is not None:
             rank, alpha = settings.lora
             self.unet.requires_grad_(False)
