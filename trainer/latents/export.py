@@ -69,8 +69,15 @@ def export_latent_run(
         if samples is not None:
             (folder / SAMPLES_FILE).write_bytes(samples)
         kind = None if samples is None else "sheet" if shown else "drawn"
-        name, class_name = repository or out.name, type(pipeline).__name__
-        exported = Exported(finished.recipe, form, name, side, finished.token is not None, class_name)
+        exported = Exported(
+            finished.recipe,
+            form,
+            name=repository or out.name,
+            image_size=side,
+            has_token=finished.token is not None,
+            pipeline=type(pipeline).__name__,
+            scheduler=type(pipeline.scheduler).__name__,
+        )
         _write_papers(folder, finished, exported, samples=kind)
         seal(folder, facts)
 

@@ -30,6 +30,8 @@ class Exported:
     has_token: bool
     pipeline: str
     """Class of the stock pipeline around what was trained."""
+    scheduler: str
+    """Class of its scheduler."""
 
 
 def prompts_of(recipe: RunConfig) -> tuple[str, ...]:
@@ -68,12 +70,12 @@ def _stable_diffusion(exported: Exported) -> list[str]:
     lines = [f"import torch\nfrom diffusers import {kind}"]
     scheduler = exported.form == "lora" and needs_scheduler(recipe)
     if scheduler:
-        lines[0] = f"import torch\nfrom diffusers import DDIMScheduler, {kind}"
+        lines[0] = f"import torch\nfrom diffusers import {exported.scheduler}, {kind}"
     if inpaints:
         lines.append("from PIL import Image")
     lines += ["", f'pipeline = {kind}.from_pretrained("{base}"{_revision(exported)})']
     if scheduler:
-        lines.append(f'pipeline.scheduler = DDIMScheduler.from_pretrained("{exported.name}", subfolder="scheduler")')
+        lines.append(f'pipeline.scheduler = {exported.scheduler}.from_pretrained("{exported.name}", subfolder="scheduler")')
     if exported.form == "lora":
         if exported.has_token:
             lines.append(f'pipeline.load_textual_inversion("{exported.name}", weight_name="{TOKEN_FILE}")')

@@ -91,13 +91,15 @@ def test_a_lora_with_text_encoder_and_new_token_draws_the_same_by_every_form_of_
         export_job(run_dir, {"merged": True})
 
 
-def test_a_lora_of_another_prediction_brings_its_scheduler(bases: Bases, tmp_path: Path) -> None:
-    base = bases("stable_diffusion_v")
-    objective = {"kind": "latent_denoising", "zero_terminal_snr": True, "prediction": "v"}
+@pytest.mark.parametrize("zero_terminal", [True, False])
+def test_a_lora_of_another_prediction_brings_its_scheduler(bases: Bases, tmp_path: Path, *, zero_terminal: bool) -> None:
+    base = bases("stable_diffusion")
+    objective = {"kind": "latent_denoising", "zero_terminal_snr": zero_terminal, "prediction": "v"}
     config = recipe({"kind": "stable_diffusion", "base": str(base)}, adaptation=LORA, objective=objective)
     run_dir = write_run(tmp_path / "run", config)
     ours, folder = drawn(run_dir, ASKED), export_run(run_dir)
-    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["rescale_betas_zero_snr"] is True
+    written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert written["prediction_type"] == "v_prediction" and bool(written.get("rescale_betas_zero_snr")) is zero_terminal
     assert largest_difference(drawn(folder, ASKED), ours) <= 2
     assert largest_difference(run_card(folder, tmp_path / "work", {base.name: base}), ours[0]) <= 2
 
