@@ -2,14 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines test-cluster test-all lint setup clean
+.PHONY: help demo test test-engines test-models test-cluster test-all lint setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 INPUTS := pyproject.toml constraints.txt
-SAMPLE := "not engines and not all_kills and not all_cases and not cluster"
+SAMPLE := "not engines and not models and not all_kills and not all_cases and not cluster"
 # Tests of one process each, which two processes share; the others start ranks and servers, and get the machine for themselves.
 IN_ONE_PROCESS := tests/data_shards tests/launch tests/trainer
 # The interpreter for .venv: `make setup PYTHON=/path/to/python3.12` chooses another.
@@ -30,11 +30,14 @@ test: $(DEV) ## the tests, with a sample of the engines, of the moments to kill 
 test-engines: $(DEV) ## every objective, engine and number of ranks; goes on where it was interrupted
 	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample"
 
+test-models: $(DEV) ## every recipe of a latent model by its tiny twin, on every engine; goes on where it was interrupted
+	$(BIN)/python -m pytest -p tests.resumable -m "models or models_sample" tests/models
+
 test-cluster: $(DEV) ## everything on a real Slurm and a real Ray; goes on where it was interrupted
 	$(BIN)/python -m pytest -p tests.resumable tests/cluster
 
 test-all: test ## all of it, every engine, kill and cluster; what follows make test goes on where it was interrupted
-	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or all_kills or all_cases or cluster"
+	$(BIN)/python -m pytest -p tests.resumable -m "engines or engines_sample or models or models_sample or all_kills or all_cases or cluster"
 
 lint: $(DEV) ## ruff format, ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .

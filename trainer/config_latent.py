@@ -287,6 +287,8 @@ class ValidationConfig(Section):
     """What the pictures should not show."""
     guidance_scale: NotNegative = 7.5
     """Classifier-free guidance (arXiv:2207.12598); 1 is off."""
+    companion_steps: Count | None = None
+    """Sampling steps of the model that draws beside the trained one, a prior's decoder or a decoder's prior; null: its pipeline's own."""
     seed: CountOrZero = 0
     """Image i of a prompt starts from noise of seed + i."""
     clip: str | None = None

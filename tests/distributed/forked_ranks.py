@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
@@ -32,10 +33,10 @@ class ForkedRanks:
             )
         assert self._answer() == "ready", log.read_text()
 
-    def start(self, kind: str, run_dir: Path, *, ranks: int) -> list[int]:
-        """Process ids of an attempt's ranks, by rank; they are running now."""
+    def start(self, kind: str, run_dir: Path, *, ranks: int, options: Mapping[str, object] | None = None) -> list[int]:
+        """Process ids of an attempt's ranks, by rank; they are running now. options: of the job, JSON values."""
         (run_dir / "exit.json").unlink(missing_ok=True)
-        self._ask({"kind": kind, "run_dir": str(run_dir), "ranks": ranks})
+        self._ask({"kind": kind, "run_dir": str(run_dir), "ranks": ranks, "options": dict(options or {})})
         pids = self._answer()
         assert isinstance(pids, list)
         return pids
@@ -97,7 +98,7 @@ def _fork(asked: dict[str, object], rank: int, listening: socket.socket) -> int:
 
     torch.set_num_threads(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    sys.argv = ["worker", str(asked["kind"]), str(asked["run_dir"]), "{}"]
+    sys.argv = ["worker", str(asked["kind"]), str(asked["run_dir"]), json.dumps(asked["options"])]
     worker.main()
     raise AssertionError("the worker ends its process itself")
 

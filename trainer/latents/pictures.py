@@ -105,7 +105,9 @@ class Pictures:
 
     def requests(self, prompts: Sequence[str]) -> list[PictureRequest]:
         """All pictures of a sheet, seed by seed."""
-        validation, steps = self.config.validation, self.config.logging.sample_steps
+        validation, steps, decoder_steps = self.config.validation, self.config.logging.sample_steps, self.config.validation.companion_steps
+        if isinstance(self.config.model, Kandinsky22DecoderConfig):
+            steps, decoder_steps = decoder_steps, steps
         masked = self.masked
         return [
             PictureRequest(
@@ -114,6 +116,7 @@ class Pictures:
                 negative_prompt=validation.negative_prompt or None,
                 guidance_scale=validation.guidance_scale,
                 steps=steps,
+                decoder_steps=decoder_steps,
                 size=(self.image_size, self.image_size),
                 image=masked[row][0] if masked else None,
                 mask=masked[row][1] if masked else None,
