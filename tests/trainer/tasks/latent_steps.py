@@ -41,6 +41,7 @@ class Steps:
     """A run in this process: what it reads, and the engine that takes its steps."""
 
     config: RunConfig
+    run_dir: Path
     data: Sequence[TrainingData]
     task: Task
     engine: Engine
@@ -79,4 +80,4 @@ def start(config: RunConfig, run_dir: Path) -> Steps:
         run_dir.mkdir(parents=True, exist_ok=True)
         assert task.class_images.make(engine.raw(), fresh=True, asked_to_stop=lambda: False, tick=lambda: None)
         data_sets.append(TrainingData.open(config, run_dir, classes=str(task.class_images.folder())))
-    return Steps(config, data_sets, task, engine)
+    return Steps(config, run_dir, data_sets, task, engine)

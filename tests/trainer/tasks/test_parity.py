@@ -149,7 +149,7 @@ def _part(ours: Steps, batch: MicroBatch, step: int, index: int, number: int) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("steps", [SHORT, pytest.param(STEPS, marks=pytest.mark.all_cases)])
+@pytest.mark.parametrize("steps", [SHORT, pytest.param(STEPS, marks=pytest.mark.models)])
 def test_every_step_has_the_loss_of_the_documented_computation(
     name: str, steps: int, bases: Bases, faces: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
