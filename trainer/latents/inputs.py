@@ -210,13 +210,20 @@ def _dropped_text(
     config: RunConfig, encoder: TextEncoder | None, base: str, names: Sequence[TextState], *, masks: bool, device: torch.device
 ) -> Callable[[MicroBatch, Bool[Tensor, " b"]], Cond]:
     """Text states of captions, those that are dropped being of the empty one."""
+    if encoder is not None and (few := _only_prompts(config)):
+        made = {prompt: _states_of(prompt, encoder, names, device=device) for prompt in few}
+
+        def looked_up(batch: MicroBatch, dropped: Bool[Tensor, " b"]) -> Cond:
+            states = [made[prompt] for prompt in _kept(batch, dropped)]
+            return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+        return looked_up
     if encoder is not None:
         return lambda batch, dropped: text_states(replace(batch, captions=_kept(batch, dropped)), encoder, names, device=device)
     empty: Mapping[str, Tensor] = {}
     if latent_objective(config).caption_dropout:
         # The shards hold the states of captions alone: the empty one's are made once, and the encoder is let go.
-        nothing = MicroBatch(torch.empty(0, 3, 0, 0, dtype=torch.uint8), ("",), captions=("",))
-        empty = text_states(nothing, _text(config, base, masks=masks, device=device), names, device=device)
+        empty = _states_of("", _text(config, base, masks=masks, device=device), names, device=device)
 
     def stored(batch: MicroBatch, dropped: Bool[Tensor, " b"]) -> Cond:
         states = text_states(batch, None, names, device=device)
@@ -226,6 +233,20 @@ def _dropped_text(
         return {name: torch.where(left_out.view(-1, *[1] * (state.ndim - 1)), empty[name], state) for name, state in states.items()}
 
     return stored
+
+
+def _only_prompts(config: RunConfig) -> tuple[str, ...]:
+    """All prompts of a run that gives its images none of their own; none where each image has its caption."""
+    dreambooth = config.dreambooth
+    if dreambooth is None or dreambooth.instance_prompt is None:
+        return ()
+    return tuple(dict.fromkeys((dreambooth.instance_prompt, dreambooth.class_prompt or "", "")))
+
+
+def _states_of(prompt: str, encoder: TextEncoder, names: Sequence[TextState], *, device: torch.device) -> dict[str, Tensor]:
+    """Of one prompt, encoded alone: the same numbers whatever stands beside it in a micro-batch."""
+    alone = MicroBatch(torch.empty(0, 3, 0, 0, dtype=torch.uint8), (prompt,), captions=(prompt,))
+    return text_states(alone, encoder, names, device=device)
 
 
 def _kept(batch: MicroBatch, dropped: Bool[Tensor, " b"]) -> list[str]:
