@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.config import TinyUNetConfig, pixel_model
 from trainer.config_io import load_recipe, recipe_path
-from trainer.models.flops import forward_flops, peak_flops
+from trainer.models.flops import flops_of, forward_flops, peak_flops
 from trainer.models.tiny_unet import build_tiny_unet
 
 TINY = TinyUNetConfig(channels=(16, 32), attention=(False, True), attention_heads=2, norm_groups=4)
@@ -99,3 +99,12 @@ def test_peaks_are_those_of_the_named_gpu(name: str, precision: str, teraflops: 
 
 def test_a_processor_has_no_peak() -> None:
     assert peak_flops(torch.device("cpu"), "fp32") is None
+
+
+def test_a_model_that_is_there_costs_what_one_without_weights_costs_whatever_types_its_frozen_layers_have() -> None:
+    model = build_tiny_unet(TINY, 16)
+    wanted = forward_flops(lambda: build_tiny_unet(TINY, 16), image_shape=(3, 16, 16))
+    model.mid_block.to(torch.bfloat16)  # pyright: ignore[reportOptionalMemberAccess] (it has one)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert flops_of(model, lambda: (torch.zeros(1, 3, 16, 16), torch.zeros(1))) == wanted
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
