@@ -382,10 +382,12 @@ def recipes(
     elif name:
         sys.stdout.write(recipe_path(name).read_text(encoding="utf-8"))
     else:
-        for file in shipped("recipes"):
+        files = shipped("recipes")
+        width = max(len(file.stem) for file in files)
+        for file in files:
             comments = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
             about = next(line for line in comments if not line.startswith("yaml-language-server"))
-            sys.stdout.write(f"{file.stem:12} {about}\n")
+            sys.stdout.write(f"{file.stem:{width}} {about}\n")
 
 
 def main() -> NoReturn:
