@@ -132,7 +132,7 @@ def _engine(
 def _label_state(live: LiveBytes, local: LocalState) -> None:
     live.label("weights", local.weights)
     live.label("averages", [buffer for average in local.averages for buffer in average])
-    live.label("moments", [value for state in local.optimizer.state.values() for value in state.values()])
+    live.label("moments", local.moments())
 
 
 def _batch(plan: PlanInput) -> tuple[object, ...]:

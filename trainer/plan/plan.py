@@ -114,7 +114,7 @@ def make_plan(source: PlanInput, prices: Prices, gpu: str | None, *, work: Work 
 
 
 def memory_of(source: PlanInput, work: Work, measured: Measured, *, kept: tuple[int, int]) -> Memory:
-    """What was measured, and what was not: offloading, 8-bit moments, frozen encoders, and what happens between steps."""
+    """What was measured, and what was not: offloading, frozen encoders, and what happens between steps."""
     state, at_peak, saved = dict(measured.state), dict(measured.at_peak), 0
     offloaded: dict[str, int] = {}
     if source.engine.cpu_offload:
@@ -126,10 +126,6 @@ def memory_of(source: PlanInput, work: Work, measured: Measured, *, kept: tuple[
         state[kind] = state.get(kind, 0) - size
         at_peak[kind] = at_peak.get(kind, 0) - size
         saved += size
-    narrower = int(state.get("moments", 0) * (1 - source.moment_bytes / _FLOAT_BYTES))
-    for sizes in (state, at_peak):
-        sizes["moments"] = sizes.get("moments", 0) - narrower
-    saved += narrower
     encoders = {frozen.name: _share(source, frozen.size_bytes) for frozen in source.frozen}
     beside, held = sum(encoders.values()), sum(state.values())
     own_weights = work.trained * _FLOAT_BYTES // (1 if source.engine.kind == "replicated" else source.world_size)

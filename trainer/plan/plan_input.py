@@ -7,6 +7,7 @@ from typing import Literal, final
 from torch import nn
 
 from trainer.config import EmaConfig, EngineConfig, OptimConfig
+from trainer.optim_8bit import BLOCK
 
 DType = Literal["fp32", "bf16", "fp16"]
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -71,10 +72,13 @@ class PlanInput:
     """Checkpoints that lie on the disk at a time."""
     compute_factor: float = 1.0
     """Time of a step's mathematics relative to what its operations say; above 1 for ways that only cost time."""
-    moment_bytes: float = 4.0
-    """Of one element of one of Adam's two moments: 1 for 8-bit Adam."""
     variants: Mapping[str, Callable[["PlanInput"], "PlanInput"]] = field(default_factory=dict)
     """Ways out of too little memory that only this kind of model has, by the change of the recipe that takes them."""
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of one element of one of Adam's two moments, its share of a block's fp32 scale included."""
+        return 1 + 4 / BLOCK if self.optim.kind == "adamw_8bit" else 4.0
 
     @property
     def accumulation(self) -> int:

@@ -20,6 +20,7 @@ Build = Callable[[], nn.Module]
 WANTED = 3
 MEASURED = 8
 """Changes that are measured at most: each takes about 10 s of a core for SD 2.1."""
+_MOMENTS_OF_8_BITS = "optim.kind=adamw_8bit"
 _KEPT_UNKNOWN = (0, 0)
 """Of a way out only the peak is shown."""
 
@@ -96,7 +97,9 @@ def _changes(source: PlanInput, *, has_bf16: bool) -> Iterator[tuple[str, Change
             f"data.micro_batch_size={half}",
             lambda plan: replace(plan, micro_batch_size=half, micro_batches=plan.micro_batches * 2),
         )
-    if not engine.cpu_offload:
+    if source.optim.kind == "adamw" and not engine.cpu_offload:
+        yield _MOMENTS_OF_8_BITS, lambda plan: replace(plan, optim=plan.optim.model_copy(update={"kind": "adamw_8bit"}))
+    if not engine.cpu_offload and source.optim.kind != "adamw_8bit":
         kind = engine.kind if engine.kind != "replicated" else "fsdp"
         words = "engine.cpu_offload=true" if kind == engine.kind else "engine.kind=fsdp engine.cpu_offload=true"
         yield words, lambda plan: _engine(plan, kind=kind, cpu_offload=True)
@@ -110,7 +113,9 @@ def _pairs(single: dict[str, Change]) -> dict[str, Change]:
     first = "train.activation_checkpointing=true"
     if first not in single:
         first = next(iter(single), "")
-    return {f"{first} {other}": _both(single[first], single[other]) for other in single if other != first}
+    # Moments of 8 bits are not offloaded.
+    others = [other for other in single if other != first and not (first == _MOMENTS_OF_8_BITS and "cpu_offload" in other)]
+    return {f"{first} {other}": _both(single[first], single[other]) for other in others}
 
 
 def _both(first: Change, second: Change) -> Change:

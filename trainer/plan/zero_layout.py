@@ -36,7 +36,7 @@ class ZeroLayout:
         live.label("gathered" if stage == 3 else "weights", self.trained)
         self.kept = [self._buffer("weights", self.share)]
         self.kept += [self._buffer("averages", self.share) for _ in range(plan.averages)]
-        self.kept += [self._buffer("moments", self.share) for _ in range(_MOMENTS)]
+        self.kept += [self._buffer("moments", int(self.share * plan.moment_bytes / 4)) for _ in range(_MOMENTS)]
         if stage == 3:
             frozen = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters() if not parameter.requires_grad)
             self.kept.append(self._buffer("frozen", frozen // 4 // ranks.world_size() if ranks.world_size() > 1 else 0))
