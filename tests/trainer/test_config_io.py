@@ -245,6 +245,14 @@ def test_a_recipe_without_images_says_which_two_keys_give_some(tmp_path: Path) -
     assert line.startswith("FILE:1: data.shards: no images to train on; set data.shards")
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_moments_of_8_bits_are_not_offloaded_and_go_with_every_engine(tmp_path: Path, engine: str) -> None:
+    path = write(tmp_path, LEAST)
+    assert load_recipe(path, ["optim.kind=adamw_8bit", f"engine.kind={engine}"]).optim.kind == "adamw_8bit"
+    lines = mistakes_of(path, "optim.kind=adamw_8bit", f"engine.kind={engine}", "engine.cpu_offload=true")
+    assert lines and all("set engine.cpu_offload=false or optim.kind=adamw" in line for line in lines)
+
+
 def test_a_style_with_attribution_is_refused_until_agreed_to(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {faces: {style: micah}}\ntrain: {steps: 5}\n")
     [line] = mistakes_of(path)
