@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.draws import draw
+from trainer.draws import LatentDraws, draw, draw_latent
 from trainer.rng import derive_seed
 
 SHAPE = (4, 3, 8, 8)
@@ -49,3 +49,24 @@ def test_offset_noise_and_flips_do_not_change_the_noise() -> None:
 
 def test_derived_seeds_are_stable_across_versions() -> None:
     assert derive_seed(0, "noise", 0, 0) == int.from_bytes(__import__("hashlib").sha256(b"0/noise/0/0").digest()[:8], "little") >> 1
+
+
+def _latent(step: int, index: int, *, dropout: float = 0.5) -> LatentDraws:
+    return draw_latent(3, step, index, shape=SHAPE, posterior=True, perturbed=True, caption_dropout=dropout)
+
+
+def test_latent_draws_are_of_their_place_and_of_their_purpose() -> None:
+    first, again, other = _latent(1, 0), _latent(1, 0), _latent(1, 1)
+    assert first.posterior is not None and first.perturbation is not None and again.posterior is not None and other.posterior is not None
+    assert torch.equal(first.posterior, again.posterior) and torch.equal(first.caption_dropped, again.caption_dropped)
+    assert not torch.equal(first.posterior, other.posterior) and not torch.equal(first.posterior, first.perturbation)
+    assert not torch.equal(first.posterior, draw(3, 1, 0, shape=SHAPE, micro_batches=8, stratified=True).noise)
+    none = draw_latent(3, 1, 0, shape=SHAPE, posterior=False, perturbed=False, caption_dropout=0.5)
+    assert none.posterior is None and none.perturbation is None
+    assert torch.equal(none.caption_dropped, first.caption_dropped), "what else is drawn does not matter"
+
+
+def test_captions_are_dropped_as_often_as_asked_and_a_higher_rate_drops_the_same_and_more() -> None:
+    rare, often = (torch.cat([_latent(step, 0, dropout=rate).caption_dropped for step in range(500)]) for rate in (0.1, 0.3))
+    assert abs(rare.float().mean().item() - 0.1) < 0.03 and abs(often.float().mean().item() - 0.3) < 0.04
+    assert bool((often | ~rare).all()) and not bool(_latent(0, 0, dropout=0.0).caption_dropped.any())
