@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config_io import load_recipe
 from trainer.engines.engine import LossPerImage
@@ -29,6 +29,7 @@ def two_steps(recipe: str, overrides: list[str], ranks: int) -> dict[str, object
     with torch.random.fork_rng(), LiveBytes() as live:
         torch.manual_seed(0)
         trained = build(config)
+        _draw_weights(trained.module)
         if config.train.activation_checkpointing:
             trained.denoiser.checkpoint_activations()
         task = Task(
@@ -53,6 +54,16 @@ def two_steps(recipe: str, overrides: list[str], ranks: int) -> dict[str, object
             peak = live.tally.peak
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"losses": losses, "peak_bytes": peak, "taken_gib": taken * 1024 / _GIB}
+
+
+@torch.no_grad()
+def _draw_weights(module: nn.Module) -> None:
+    """Small random weights of the shapes that are there, norms that leave things as they are."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.zero_() if ".lora_B." in name else parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
 def _losses(x_t: Tensor, cond: dict[str, Tensor], *, count: int) -> Iterator[LossPerImage]:
