@@ -70,6 +70,12 @@ def _objective_problems(config: "RunConfig", objective: LatentDenoisingConfig) -
     if model.kind == "kandinsky22_decoder" and objective.caption_dropout:
         text = "Kandinsky's decoder is told an image, no caption"
         yield Problem(("objective.caption_dropout", "model.kind"), f"{text}; set objective.caption_dropout=0")
+    if model.kind.startswith("kandinsky22") and (objective.zero_terminal_snr or objective.prediction != "base"):
+        text = "Kandinsky's pipelines draw with the levels and the prediction of their own sampler alone"
+        yield Problem(
+            ("objective.prediction", "objective.zero_terminal_snr", "model.kind"),
+            f"{text}; set objective.prediction=base and objective.zero_terminal_snr=false",
+        )
     if model.kind == "wuerstchen_prior" and objective.prediction not in ("base", "eps"):
         yield Problem(("objective.prediction", "model.kind"), "Wuerstchen's prior predicts eps; set objective.prediction=base")
     if model.kind == "wuerstchen_prior" and objective.zero_terminal_snr:

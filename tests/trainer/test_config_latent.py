@@ -219,6 +219,11 @@ MISTAKES = {
         "model: {kind: wuerstchen_prior}", ["objective.prediction=v"],
         "command line:1: objective.prediction: Wuerstchen's prior predicts eps; set objective.prediction=base",
     ),
+    "another prediction of Kandinsky": (
+        "model: {kind: kandinsky22_prior}", ["objective.prediction=eps"],
+        "command line:1: objective.prediction: Kandinsky's pipelines draw with the levels and the prediction of their own sampler alone; "
+        "set objective.prediction=base and objective.zero_terminal_snr=false",
+    ),
     "the last level of continuous noise": (
         "model: {kind: wuerstchen_prior}", ["objective.zero_terminal_snr=true"],
         "command line:1: objective.zero_terminal_snr: Wuerstchen's noise is continuous; set objective.zero_terminal_snr=false",
