@@ -39,7 +39,7 @@ RANKS, BATCH, SIDE, PICTURES = 2, 4, 128, 256
 WARM_UP_STEPS = 3
 PROMPT = "a sks face"
 # Large enough for arithmetic to outweigh bookkeeping, in Stable Diffusion's proportions: a U-Net of 14.8 million weights (0.97 GFLOP an
-# image forwards at 128 pixels) beside an encoder of 1.9 GFLOP; with 512 pixels the true ones have 0.7 and 1.1 TFLOP.
+# image forwards at 128 pixels) beside an encoder of 1.9 GFLOP; with 512 pixels the true ones have 0.8 and 1.1 TFLOP.
 SHAPE: Mapping[str, Mapping[str, object]] = {
     "unet": {"block_out_channels": [64, 128, 192, 192], "norm_num_groups": 32, "cross_attention_dim": 128, "attention_head_dim": 4},
     "vae": {"block_out_channels": [32, 64, 96, 96], "norm_num_groups": 16},
