@@ -13,6 +13,7 @@ from trainer.plan.work import Work, work_of
 
 _MOMENTS = 2
 _FLOAT_BYTES = 4
+_MADE_OF_SHARDS = ("moments", "averages", "gradients")
 
 
 @final
@@ -131,7 +132,8 @@ def memory_of(source: PlanInput, work: Work, measured: Measured, *, kept: tuple[
     own_weights = work.trained * _FLOAT_BYTES // (1 if source.engine.kind == "replicated" else source.world_size)
     needs = {
         "a training step": measured.peak - saved,
-        "building the engine": measured.build_peak,
+        # The weights come whole; what is made of their shards is made where these are.
+        "building the engine": measured.build_peak - sum(size for kind, size in offloaded.items() if kind in _MADE_OF_SHARDS),
         "drawing samples with the averaged weights": held + own_weights,
         "the frozen encoders": held + max((frozen.work_bytes for frozen in source.frozen), default=0),
     }

@@ -91,6 +91,7 @@ def test_frozen_encoders_and_offload_change_the_peak_by_their_bytes() -> None:
     offloaded = memory(replace(plan, engine=plan.engine.model_copy(update={"cpu_offload": True})))
     assert "moments" not in offloaded.state
     assert offloaded.host - before.host >= moments
+    assert offloaded.peak <= before.peak - moments
 
 
 def test_time_and_cost_follow_from_the_assumptions(prices: Prices) -> None:
