@@ -113,8 +113,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if spans:
             like, blocks = spans[0].buffer.detach(), firsts[-1]
             self.moments = {"exp_avg": Moment(blocks, signed=True, like=like), "exp_avg_sq": Moment(blocks, signed=False, like=like)}
-            # A step's fp32 copies: small enough for a CPU's cache, large enough that a GPU is kept busy.
-            self._groups = list(_grouped(spans, blocks=2**14 if like.is_cuda else 2**8))
+            # A step's fp32 copies: 4 MiB each, or 16 MiB so that a GPU is kept busy.
+            self._groups = list(_grouped(spans, blocks=2**14 if like.is_cuda else 2**12))
         return firsts[:-1]
 
     @torch.no_grad()
