@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from data_shards.encoders.efficient_net import EfficientNetEncoder
 from trainer.architectures import Component
-from trainer.models.deprecated import PriorTransformer
+from trainer.models.deprecated import PriorTransformer, WuerstchenPrior
 from trainer.models.from_config import build_model
 
 _STD = 0.02
@@ -27,6 +27,10 @@ def random_model(component: Component, *, seed: int) -> nn.Module:
         match model:
             case PriorTransformer():
                 nn.init.ones_(model.clip_std)
+            case WuerstchenPrior():
+                # It puts out (x - a) / |1 - b|: a random b comes near 1 somewhere, and everything after it is rounding.
+                for parameter in model.out.parameters():
+                    parameter.mul_(_BRANCH)
             case EfficientNetEncoder():
                 _calibrate(model)
             case _:

@@ -98,6 +98,15 @@ def test_wuerstchen_goes_from_text_to_latents_to_images(tiny: Folder) -> None:
     assert np.abs(cat - car).max() > 1e-3
 
 
+def test_wuerstchens_prior_is_far_from_the_pole_of_its_output(tiny: Folder) -> None:
+    prior = WuerstchenPrior.from_pretrained(tiny("wuerstchen_prior") / "prior")
+    width = int(prior.config["c_cond"])
+    noise = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        predicted = prior(noise, torch.linspace(0.1, 0.9, 8), torch.zeros(8, 77, width))
+    assert predicted.abs().max() < 20
+
+
 def test_diffusers_042_finds_wuerstchen_by_module_alone(tiny: Folder) -> None:
     index = json.loads((tiny("wuerstchen_prior") / "model_index.json").read_text())
     assert index["prior"] == [WuerstchenPrior.__module__, "WuerstchenPrior"]
