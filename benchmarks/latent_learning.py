@@ -6,15 +6,18 @@ learnt to read the attributes of both styles, and inside and outside masks by th
 JSON and three sheets of pictures beside it, and fails where learning is not what is claimed."""
 
 import argparse
+import hashlib
+import io
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, final
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -43,7 +46,9 @@ from trainer.sample import png
 STYLES = {"old": "open-peeps", "new": "voxel-art"}
 FACES, HELD_OUT, PIXELS, CELL_PIXELS = 4000, 256, 32, 2
 CLASS_PROMPT = "a cartoon portrait of a person"
-STEPS, GUIDANCE, BATCH_SIZE = 20, 2.0, 32
+STEPS, GUIDANCE, BATCH_SIZE = 12, 2.0, 32
+TOLD: Mapping[str, tuple[str, ...]] = {"latent_base": ("new", "class", "old"), "lora": ("new", "class"), "dreambooth": ("new", "class")}
+"""Which prompts each run is told: captions of held-out faces, or the class prompt."""
 CLAIMS: Mapping[str, tuple[str, float]] = {
     "lora_distance_to_new_style_of_base": ("at most", 0.5),
     "dreambooth_distance_to_old_style_of_lora": ("at most", 0.7),
@@ -60,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("runs/latent_learning"), help="where shards and runs are kept")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--images", type=int, default=128, help="drawn images of each measurement")
+    parser.add_argument("--images", type=int, default=96, help="drawn images of each measurement")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latent_learning.json")
     parser.add_argument("--only", nargs="*", help="stop after these stages; nothing is measured", default=())
     options = parser.parse_args()
@@ -140,12 +145,7 @@ def measure(root: Path, *, images: int) -> tuple[dict[str, dict[str, float]], di
         return frechet_distance(*mean_and_covariance(features_of(net, pictures.permute(0, 3, 1, 2).contiguous())), *references[style])
 
     captions = {name: [str(caption) for caption in batch.captions[:images]] for name, batch in held_out.items()}
-    drawn: dict[tuple[str, str], Pictures] = {}
-    for run in ("latent_base", "lora", "dreambooth"):
-        pipeline = open_drawer(root / run, Given()).pipeline
-        prompts = {"new": captions["new"], "class": [CLASS_PROMPT] * images} | ({"old": captions["old"]} if run == "latent_base" else {})
-        for name, texts in prompts.items():
-            drawn[run, name] = _drawn(pipeline, texts)
+    drawn = {key: pictures for run in TOLD for key, pictures in _pictures(root, run, captions).items()}
     to_new = {run: distance(drawn[run, "new"], "new") for run in ("latent_base", "lora", "dreambooth")}
     to_old = {run: distance(drawn[run, "class"], "old") for run in ("latent_base", "lora", "dreambooth")}
     errors, filled = _inpainting(root, held_out["old"], back["old"], count=min(images, HELD_OUT))
@@ -182,6 +182,28 @@ def measure(root: Path, *, images: int) -> tuple[dict[str, dict[str, float]], di
     return rounded, sheets
 
 
+def _pictures(root: Path, run: str, captions: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], Pictures]:
+    """What a run draws when it is told each kind of prompts. captions: by style."""
+    count = len(captions["new"])
+    texts = {**captions, "class": [CLASS_PROMPT] * count}
+    return {
+        (run, name): _kept(root, run, f"{name}_{count}", lambda name=name: _drawn(open_drawer(root / run, Given()).pipeline, texts[name]))
+        for name in TOLD[run]
+    }
+
+
+def _kept(root: Path, run: str, name: str, make: Callable[[], Pictures]) -> Pictures:
+    """Pictures that were made before with the same weights, else made now."""
+    weights = hashlib.sha256((root / run / "latest.json").read_bytes()).hexdigest()[:12]
+    path = root / "pictures" / f"{run}_{weights}_{name}.npy"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        content = io.BytesIO()
+        np.save(content, make().numpy())
+        replace_file(path, content.getvalue())
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
 def _inpainting(root: Path, faces: MicroBatch, back: Pictures, *, count: int) -> tuple[dict[str, float], Image.Image]:
     """Errors inside and outside the masks of held-out faces, and a sheet of some."""
     images = faces.images[:count].permute(0, 2, 3, 1)
@@ -189,12 +211,15 @@ def _inpainting(root: Path, faces: MicroBatch, back: Pictures, *, count: int) ->
     given = [Image.fromarray(image.numpy()) for image in images]
     painted = [Image.fromarray((mask[0] * 255).byte().numpy()) for mask in masks]
     texts = [str(caption) for caption in faces.captions[:count]]
-    base = cast("StableDiffusionPipeline", open_drawer(root / "latent_base", Given()).pipeline)
-    blending = StableDiffusionInpaintPipeline(**base.components, requires_safety_checker=False)  # pyright: ignore[reportArgumentType]
-    pictures = {"blending_base": _drawn(blending, texts, given, painted)}
-    widen(base.unet)  # pyright: ignore[reportArgumentType] (the pipelines' common module)
-    pictures["widened_base"] = _drawn(blending, texts, given, painted)
-    pictures["inpainting"] = _drawn(open_drawer(root / "inpaint", Given()).pipeline, texts, given, painted)
+
+    def fill(pipeline: DiffusionPipeline) -> Pictures:
+        return _drawn(pipeline, texts, given, painted)
+
+    pictures = {
+        "blending_base": _kept(root, "latent_base", f"blending_{count}", lambda: fill(_inpainting_base(root, widened=False))),
+        "widened_base": _kept(root, "latent_base", f"widened_{count}", lambda: fill(_inpainting_base(root, widened=True))),
+        "inpainting": _kept(root, "inpaint", f"filled_{count}", lambda: fill(open_drawer(root / "inpaint", Given()).pipeline)),
+    }
     pictures["round_trip"] = back[:count]
     inside = masks.permute(0, 2, 3, 1).bool().expand(images.shape)
     errors = {
@@ -211,15 +236,26 @@ def _inpainting(root: Path, faces: MicroBatch, back: Pictures, *, count: int) ->
     return errors, draw_sheet(texts[:shown], groups, given=seen)
 
 
+def _inpainting_base(root: Path, *, widened: bool) -> DiffusionPipeline:
+    """The base, as the stock pipeline fills masks with it: 4 channels, shown the kept part at every step; or 9, the new ones zero."""
+    base = cast("StableDiffusionPipeline", open_drawer(root / "latent_base", Given()).pipeline)
+    if widened:
+        widen(base.unet)  # pyright: ignore[reportArgumentType] (the pipelines' common module)
+    return StableDiffusionInpaintPipeline(**base.components, requires_safety_checker=False)  # pyright: ignore[reportArgumentType]
+
+
 def _drawn(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], images: Sequence[Image.Image] = (), masks: Sequence[Image.Image] = ()
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image] = (),
+    masks: Sequence[Image.Image] = (),
 ) -> Pictures:
     """One picture a prompt; picture i starts from the noise of seed i, whatever the model."""
     requests = [
         PictureRequest(
             prompt=prompt,
             seed=number,
-            guidance_scale=GUIDANCE,
+            guidance_scale=1.0 if masks else GUIDANCE,
             steps=STEPS,
             size=(PIXELS, PIXELS),
             image=images[number] if images else None,
