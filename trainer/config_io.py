@@ -128,7 +128,7 @@ def json_schema() -> dict[str, object]:
 
 def shipped(folder: str) -> tuple[Path, ...]:
     """Configuration files that come with halfstep, by name; `folder` is `recipes` or `clusters`."""
-    return tuple(sorted(Path(str(importlib.resources.files("configs"))).joinpath(folder).glob("*.yaml")))
+    return tuple(sorted(Path(str(importlib.resources.files("configs"))).joinpath(folder).glob("*.yaml"), key=lambda file: file.stem))
 
 
 def recipe_path(name_or_path: str) -> Path:
