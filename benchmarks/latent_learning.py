@@ -6,7 +6,6 @@ learnt to read the attributes of both styles, and inside and outside masks by th
 JSON and three sheets of pictures beside it, and fails where learning is not what is claimed."""
 
 import argparse
-import hashlib
 import io
 import json
 import subprocess
@@ -32,9 +31,11 @@ from data_shards.files import json_text, replace_file
 from data_shards.index import ShardIndex
 from data_shards.reading.read import read_all
 from data_shards.reading.sample import MicroBatch
+from trainer.config_io import load_recipe
 from trainer.feature_net import FeatureNet, features_of, train_feature_net
 from trainer.frechet import frechet_distance, mean_and_covariance
 from trainer.latents.drawing import Given, open_drawer
+from trainer.manifest import newest_checkpoint
 from trainer.masks import draw_masks
 from trainer.models.inpainting import widen
 from trainer.prompting.painters import painter
@@ -85,6 +86,7 @@ def main() -> int:
         "images": options.images,
         **figures,
         "bounds": {name: f"{word} {bound:g}" for name, (word, bound) in CLAIMS.items()},
+        "steps": {stage.name: _steps(root / stage.name) for stage in STAGES},
         "seconds": {stage.name: _seconds(root / stage.name) for stage in STAGES},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,8 +196,8 @@ def _pictures(root: Path, run: str, captions: Mapping[str, Sequence[str]]) -> di
 
 def _kept(root: Path, run: str, name: str, make: Callable[[], Pictures]) -> Pictures:
     """Pictures that were made before with the same weights, else made now."""
-    weights = hashlib.sha256((root / run / "latest.json").read_bytes()).hexdigest()[:12]
-    path = root / "pictures" / f"{run}_{weights}_{name}.npy"
+    checkpoint = newest_checkpoint(root / run)
+    path = root / "pictures" / f"{run}_{'' if checkpoint is None else checkpoint.sha256[:12]}_{name}.npy"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         content = io.BytesIO()
@@ -325,6 +327,12 @@ def _commit() -> str:
     return subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def _steps(run_dir: Path) -> str:
+    """How far the run has come: its weights are what was measured."""
+    checkpoint = newest_checkpoint(run_dir)
+    return f"{0 if checkpoint is None else checkpoint.step} of {load_recipe(run_dir / 'recipe.yaml', ()).train.steps}"
 
 
 def _seconds(run_dir: Path) -> int:
