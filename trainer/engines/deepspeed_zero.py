@@ -18,19 +18,26 @@ from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, Outcome, State, StepResult
 from trainer.engines.local_state import LocalState
 from trainer.engines.precision import autocast, evaluation
-from trainer.engines.zero_partitions import ZeroOptimizer, partitions, places, publish
+from trainer.engines.zero_partitions import ZeroOptimizer, bucket_elements, partitions, places, publish
 from trainer.models.network import Network, network
 from trainer.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
 
 
-def zero_config(*, stage: int, micro_batch_size: int, accumulation: int, cpu_offload: bool, force_own_adam: bool) -> dict[str, object]:
+def zero_config(
+    *, stage: int, micro_batch_size: int, accumulation: int, cpu_offload: bool, force_own_adam: bool, trained: int
+) -> dict[str, object]:
     """DeepSpeed's configuration, derived from the recipe.
 
     Precision, loss scale and clipping are left to the engine's own code: DeepSpeed sees fp32 parameters and no clipping.
-    force_own_adam: refuse to offload with an optimizer other than DeepSpeed's CPU Adam."""
-    zero: dict[str, object] = {"stage": stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True}
+    force_own_adam: refuse to offload with an optimizer other than DeepSpeed's CPU Adam. trained: elements of the trained parameters."""
+    zero: dict[str, object] = {
+        "stage": stage,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket_elements(trained),
+    }
     if cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -76,6 +83,7 @@ class DeepSpeedZero:
             accumulation=micro_batches // ranks.world_size(),
             cpu_offload=cpu_offload,
             force_own_adam=optimizer is not None,
+            trained=sum(parameter.numel() for parameter in trained),
         )
         optimizer = optimizer or build_optimizer(optim, trained)
         # DeepSpeed calls the optimizer in the middle of its step, once the gradient and its norm are whole; there we judge and clip.

@@ -86,6 +86,8 @@ class FullySharded:
         outcome = self.local.update(
             step, gradients, losses=loss_list, gradient_norm=gradient_norm, learning_rate=learning_rate, loss_limit=loss_limit
         )
+        for weight in self.weights:
+            weight.grad = None  # room for the next step's activations
         return StepResult(outcome, tuple(loss_list), gradient_norm, tuple(told))
 
     def state(self) -> State:

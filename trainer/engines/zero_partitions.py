@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from data_shards import ranks
 from trainer.engines.local_state import Place
 
+_LARGEST_BUCKET = 500_000_000
+"""DeepSpeed's own default, 2 GB."""
+
 
 class ZeroOptimizer(Protocol):
     """What we touch of DeepSpeedZeroOptimizer (stages 1 and 2) and DeepSpeedZeroOptimizer_Stage3."""
@@ -26,6 +29,13 @@ class ZeroOptimizer(Protocol):
     def _partition_all_parameters(self) -> None: ...
 
     def _reassign_or_swap_out_partitioned_parameters(self, group: int) -> None: ...
+
+
+def bucket_elements(trained: int) -> int:
+    """Gradient elements that DeepSpeed gathers before it reduces them: no more than there are, of which its default takes no note.
+
+    trained: elements of all trained parameters."""
+    return min(_LARGEST_BUCKET, max(trained, 1))
 
 
 def partitions(zero: ZeroOptimizer, *, stage: int) -> list[Tensor]:

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from data_shards import ranks
 from trainer.engines.engine import LossPerImage
 from trainer.engines.precision import autocast
+from trainer.engines.zero_partitions import bucket_elements
 from trainer.models.network import network
 from trainer.plan.live_bytes import LiveBytes
 
 if TYPE_CHECKING:
     from trainer.plan.plan_input import PlanInput
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce_bucket_size, which halfstep leaves at its default."""
 _MOMENTS = 2
 
 
@@ -32,6 +31,7 @@ class ZeroLayout:
         self.network = network(module.train())
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         count = sum(parameter.numel() for parameter in self.trained)
+        self.bucket = bucket_elements(count)
         self.share = -(-count // ranks.world_size())
         live.label("gathered" if stage == 3 else "weights", self.trained)
         self.kept = [self._buffer("weights", self.share)]
@@ -40,7 +40,7 @@ class ZeroLayout:
         if stage == 3:
             frozen = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters() if not parameter.requires_grad)
             self.kept.append(self._buffer("frozen", frozen // 4 // ranks.world_size() if ranks.world_size() > 1 else 0))
-            self.kept += [self._buffer("weights", self.share), self._buffer("gradients", self.share), self._buffer("sent", BUCKET)]
+            self.kept += [self._buffer("weights", self.share), self._buffer("gradients", self.share), self._buffer("sent", self.bucket)]
         else:
             # DeepSpeed 0.19.8 copies the network's weights into one buffer, and something keeps the memory that they were in.
             self.kept.append(self._buffer("weights", count))
@@ -72,11 +72,11 @@ class ZeroLayout:
 
     def _reduce(self, parameter: Tensor) -> None:
         """A gradient goes into the bucket, which the first one opens, and when that is full this rank's share of it is kept."""
-        self.open_buckets = self.open_buckets or [self._buffer("sent", BUCKET) for _ in range(self.buckets)]
+        self.open_buckets = self.open_buckets or [self._buffer("sent", self.bucket) for _ in range(self.buckets)]
         if self.stage > 1:
             parameter.grad = None
         self.filled += parameter.numel()
-        if self.filled > BUCKET:
+        if self.filled > self.bucket:
             self._empty_bucket()
 
     def _empty_bucket(self) -> None:
