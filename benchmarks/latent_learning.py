@@ -51,10 +51,10 @@ STEPS, GUIDANCE, BATCH_SIZE = 12, 2.0, 32
 TOLD: Mapping[str, tuple[str, ...]] = {"latent_base": ("new", "class", "old"), "lora": ("new", "class"), "dreambooth": ("new", "class")}
 """Which prompts each run is told: captions of held-out faces, or the class prompt."""
 CLAIMS: Mapping[str, tuple[str, float]] = {
-    "lora_distance_to_new_style_of_base": ("at most", 0.5),
-    "dreambooth_distance_to_old_style_of_lora": ("at most", 0.7),
-    "inpainting_error_inside_of_blending_base": ("at most", 0.9),
-    "inpainting_error_inside_of_widened_base": ("at most", 0.7),
+    "lora_distance_to_new_style_of_base": ("at most", 0.4),
+    "dreambooth_distance_to_old_style_of_lora": ("at most", 0.5),
+    "inpainting_error_inside_of_blending_base": ("at most", 1.0),
+    "inpainting_error_inside_of_widened_base": ("at most", 0.75),
     "inpainting_error_outside_of_round_trip": ("at most", 1.25),
 }
 """Bounds of the ratios that are stated; `X_of_Y`: X divided by Y."""
@@ -76,8 +76,9 @@ def main() -> int:
             stage.run(root, ranks=options.ranks)
     if options.only:
         return 0
+    net = _feature_net(root)
     with torch.no_grad():
-        figures, sheets = measure(root, images=options.images)
+        figures, sheets = measure(root, net, images=options.images)
     failed = [name for name, (_, bound) in CLAIMS.items() if not figures["ratios"][name] <= bound]
     result = {
         "command": "python benchmarks/latent_learning.py",
@@ -86,13 +87,14 @@ def main() -> int:
         "images": options.images,
         **figures,
         "bounds": {name: f"{word} {bound:g}" for name, (word, bound) in CLAIMS.items()},
+        "not_as_claimed": failed,
         "steps": {stage.name: _steps(root / stage.name) for stage in STAGES},
         "seconds": {stage.name: _seconds(root / stage.name) for stage in STAGES},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(options.out, json_text(result))
     for name, sheet in sheets.items():
-        replace_file(options.out.with_name(f"{options.out.stem}_{name}.png"), png(sheet))
+        replace_file(options.out.with_name(f"{options.out.stem}_{name}.png"), png(sheet.quantize(256)))
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     for name in failed:
         sys.stdout.write(f"NOT as claimed: {name} is {figures['ratios'][name]:.3f}, wanted {CLAIMS[name][0]} {CLAIMS[name][1]:g}\n")
@@ -135,9 +137,8 @@ STAGES = (
 )
 
 
-def measure(root: Path, *, images: int) -> tuple[dict[str, dict[str, float]], dict[str, Image.Image]]:
+def measure(root: Path, net: FeatureNet, *, images: int) -> tuple[dict[str, dict[str, float]], dict[str, Image.Image]]:
     """Figures by group and name, and sheets by name."""
-    net = _feature_net(root)
     held_out = {name: _read(root / "shards" / f"held_out_{name}") for name in STYLES}
     vae = cast("AutoencoderKL", AutoencoderKL.from_pretrained(root / "autoencoder/export", local_files_only=True, use_safetensors=True))
     back = {name: _round_trip(vae, batch.images) for name, batch in held_out.items()}
@@ -299,7 +300,7 @@ def _autoencoder_sheet(held_out: Mapping[str, MicroBatch], back: Mapping[str, Pi
 
 
 def _styles_sheet(drawn: Mapping[tuple[str, str], Pictures], held_out: Mapping[str, MicroBatch]) -> Image.Image:
-    shown = 6
+    shown = 4
     prompts = {"new": "captions of the new style", "class": CLASS_PROMPT}
     titles = {"latent_base": "base", "lora": "LoRA", "dreambooth": "LoRA, prior preserved"}
     groups = [SheetGroup(title, torch.stack([drawn[run, name][:shown] for name in prompts])) for run, title in titles.items()]
