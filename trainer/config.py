@@ -205,6 +205,9 @@ class RunConfig(Section):
     def _defaults_follow_the_model(cls, recipe: object) -> object:
         if not isinstance(recipe, dict):
             return recipe
+        model = recipe.get("model")
+        if isinstance(model, dict) and "kind" not in model and model.keys() <= TinyUNetConfig.model_fields.keys():
+            recipe = {**recipe, "model": {"kind": TinyUNetConfig().kind, **model}}
         kinds = {name: {"kind": kind} for name, kind in kinds_of_family(recipe).items()}
         given = {name: {**kinds[name], **recipe[name]} for name in kinds if isinstance(recipe.get(name), dict)}
         return {**kinds, **recipe, **given}

@@ -117,7 +117,7 @@ def test_an_export_of_another_average_and_an_import_are_jobs(jobs: list[Job], tm
     run(lambda: command_line.export(Path("run"), ema=0.999))
     run(lambda: command_line.import_checkpoint(Path("model.pt"), out=Path("model.safetensors")))
     assert jobs == [
-        Job("export", Path("run"), {"out": None, "steps": None, "ema": 0.999, "push": None}),
+        Job("export", Path("run"), {"out": None, "steps": None, "ema": 0.999, "merged": False, "push": None}),
         Job("import", Path("model.pt"), {"out": "model.safetensors"}),
     ]
 
