@@ -12,13 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_shards.encoders.image import ImageEncoder
-from data_shards.encoders.text import TextEncoder
-from data_shards.encoders.vae import LatentEncoder
-from data_shards.reading.sample import MicroBatch
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.deprecated import PriorTransformer
-from trainer.models.frozen_inputs import image_states, latents, text_states
 
 # where peft puts adapters; the last two are the decoder's, whose attention has keys and values of the image embedding
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -120,31 +115,3 @@ class KandinskyDecoderDenoiser(nn.Module):
     def checkpoint_activations(self) -> None:
         """Compute the activations inside the blocks again in the backward pass."""
         enable_activation_checkpointing(self.unet)
-
-
-@torch.no_grad()
-def encode_kandinsky_prior(
-    batch: MicroBatch,
-    *,
-    statistics: ImageStatistics,
-    image_encoder: ImageEncoder | None,
-    text_encoder: TextEncoder | None,
-    device: torch.device,
-) -> tuple[Float[Tensor, "b d"], dict[str, Tensor]]:
-    """x_0 and cond of a micro-batch, from image.npy, text.npy, pooled.npy and text_mask.npy where an encoder is None.
-
-    text_encoder: with its projection, masks=False and layer="last". States that were stored with padding masked serve as well: the
-    encoder is causal, so only those of padding differ, and these the prior never looks at.
-    Raises: ValueError if the shards do not hold what no encoder makes."""
-    cond = text_states(batch, text_encoder, ("text", "pooled", "text_mask"), device=device)
-    return statistics.standardise(image_states(batch, image_encoder, device=device)), cond
-
-
-@torch.no_grad()
-def encode_kandinsky_decoder(
-    batch: MicroBatch, *, image_encoder: ImageEncoder | None, movq: LatentEncoder | None, device: torch.device
-) -> tuple[Float[Tensor, "b c i j"], dict[str, Tensor]]:
-    """x_0 and cond of a micro-batch, from latents.npy and image.npy where an encoder is None; no scaling factor is used.
-
-    Raises: ValueError if the shards do not hold what no encoder makes."""
-    return latents(batch, movq, device=device), {"image": image_states(batch, image_encoder, device=device)}

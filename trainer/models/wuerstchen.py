@@ -3,17 +3,12 @@
 from collections.abc import Mapping
 from typing import final
 
-import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from data_shards.encoders.image import ImageEncoder
-from data_shards.encoders.text import TextEncoder
-from data_shards.reading.sample import MicroBatch
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.deprecated import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
-from trainer.models.frozen_inputs import image_states, text_states
 
 # of WuerstchenPriorPipeline: latents * latent_mean - latent_std gives the compressor's numbers back
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
@@ -59,18 +54,6 @@ def to_prior_latents(effnet: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w
 def from_prior_latents(x_0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """The compressor's latents, which the decoder is told: the inverse of `to_prior_latents`."""
     return x_0 * LATENT_MEAN - LATENT_STD
-
-
-@torch.no_grad()
-def encode_wuerstchen_prior(
-    batch: MicroBatch, *, image_encoder: ImageEncoder | None, text_encoder: TextEncoder | None, device: torch.device
-) -> tuple[Float[Tensor, "b 16 i j"], dict[str, Tensor]]:
-    """x_0 and cond of a micro-batch, from image.npy and text.npy where an encoder is None.
-
-    text_encoder: with masks=True and layer="last", so that padding is hidden from it, as the prior's authors have it.
-    Raises: ValueError if the shards do not hold what no encoder makes."""
-    cond = text_states(batch, text_encoder, ("text",), device=device)
-    return to_prior_latents(image_states(batch, image_encoder, device=device)), cond
 
 
 def loadable_index(index: Mapping[str, object]) -> dict[str, object]:

@@ -21,6 +21,7 @@ from data_shards.encoders.vae import LatentEncoder
 from data_shards.reading.sample import MicroBatch
 from tests.tiny_models import tiny_clip_text, tiny_clip_vision, tiny_tokenizer
 from tests.tiny_priors import TOKENS, WIDTH, clip_text, clip_vision, kandinsky_prior, kandinsky_unet, movq, normals, tensor, text_mask
+from tests.trainer.models.states import encode_kandinsky_decoder, encode_kandinsky_prior
 from trainer.diffusion.schedule import alpha_bar_of_betas, cosine_betas, linear_betas
 from trainer.models.attention import use_attention
 from trainer.models.deprecated import KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer
@@ -29,8 +30,6 @@ from trainer.models.kandinsky import (
     ImageStatistics,
     KandinskyDecoderDenoiser,
     KandinskyPriorDenoiser,
-    encode_kandinsky_decoder,
-    encode_kandinsky_prior,
     image_statistics,
 )
 from trainer.objectives.denoising import denoising_loss

@@ -17,12 +17,12 @@ from data_shards.encoders.text import TextEncoder
 from data_shards.reading.sample import MicroBatch
 from tests.tiny_models import tiny_clip_text, tiny_tokenizer
 from tests.tiny_priors import clip_text, normals, tensor, wuerstchen_decoder, wuerstchen_prior
+from tests.trainer.models.states import encode_wuerstchen_prior
 from trainer.models.attention import use_attention
 from trainer.models.deprecated import DDPMWuerstchenScheduler, WuerstchenDecoderPipeline, WuerstchenPriorPipeline
 from trainer.models.wuerstchen import (
     LORA_TARGETS,
     WuerstchenPriorDenoiser,
-    encode_wuerstchen_prior,
     from_prior_latents,
     loadable_index,
     to_prior_latents,
