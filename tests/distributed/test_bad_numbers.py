@@ -31,6 +31,7 @@ from trainer.stop import StopRequest
 from trainer.tasks.build import build_task
 from trainer.tasks.task import Task, Work
 from trainer.train import build_engine, train
+from trainer.training_data import TrainingData
 from trainer.watch import Watch
 
 pytestmark = pytest.mark.distributed
@@ -68,8 +69,8 @@ def train_with_bad_losses(run_dir: str, *, bad: Bad) -> dict[str, object]:
     """The real loop, its objective's losses multiplied in some micro-batches; returns exit code and message. Collective."""
     path = Path(run_dir)
 
-    def spoiled_task(config: RunConfig, folder: Path, image_size: int) -> Task:
-        return _spoiled(build_task(config, folder, image_size), bad)
+    def spoiled_task(config: RunConfig, folder: Path, image_size: int, *, data: TrainingData) -> Task:
+        return _spoiled(build_task(config, folder, image_size, data=data), bad)
 
     watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=HANG_SECONDS)
     try:
