@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launch.data import pack_faces
-from trainer.config import FacesConfig, RunConfig
+from trainer.config import FacesConfig, RunConfig, pixel_model
 from trainer.config_io import load_recipe, recipe_path
 from trainer.models.tiny_unet import build_tiny_unet, shard_units
 
@@ -88,7 +88,7 @@ def _bare_rank(out: Path, recipe: str, *, engine: str, steps: int) -> None:
     config = load_recipe(recipe_path(recipe))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.manual_seed(0)
-    model = build_tiny_unet(config.model, 32)
+    model = build_tiny_unet(pixel_model(config), 32)
     if world_size > 1:
         dist.init_process_group("gloo")
     micro = config.data.micro_batch_size

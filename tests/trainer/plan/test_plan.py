@@ -40,6 +40,7 @@ def test_a_gpu_is_found_by_the_beginning_of_its_name_and_a_strange_one_names_the
         gpu_named(table, "h10")
 
 
+@pytest.mark.all_cases
 def test_the_state_of_a_rank_is_its_share_of_what_is_trained() -> None:
     whole = sum(part.count for part in work_of(Case().plan(1)).parts) * 4
     replicated, sharded = measure(Case().plan(4)), measure(Case("fsdp").plan(4))
@@ -48,7 +49,9 @@ def test_the_state_of_a_rank_is_its_share_of_what_is_trained() -> None:
     assert sharded.state["averages"] == sharded.state["weights"]
 
 
-@pytest.mark.parametrize("kind", ["replicated", "fsdp", "deepspeed"])
+@pytest.mark.parametrize(
+    "kind", ["replicated", pytest.param("fsdp", marks=pytest.mark.all_cases), pytest.param("deepspeed", marks=pytest.mark.all_cases)]
+)
 def test_moments_of_8_bits_take_about_a_quarter(kind: str) -> None:
     plan = Case(kind).plan(4)
     narrow = replace(plan, optim=plan.optim.model_copy(update={"kind": "adamw_8bit"}))
@@ -106,6 +109,7 @@ def test_time_and_cost_follow_from_the_assumptions(prices: Prices) -> None:
     assert speed.usd == pytest.approx(speed.step_seconds * 1000 / 3600 * 8 * 2.0)
 
 
+@pytest.mark.all_cases
 def test_what_does_not_fit_has_ways_out_that_do_fastest_first(prices: Prices) -> None:
     source = replace(Case().plan(2), on_gpu=True)
     plan = make_plan(source, prices, "tiny")
