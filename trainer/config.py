@@ -139,7 +139,8 @@ _LATENT_DEFAULTS = {
     "kandinsky22_decoder": ("latent_denoising", "base"),
 }
 
-# What a resume may change: where and how often, never what is computed. the indexes' sha256 stand for data.shards and data.mixture.
+# What a resume may change: where and how often, never what is computed. The indexes' sha256 stand for data.shards and data.mixture,
+# those of their weights, in each checkpoint, for models.
 _NOT_IDENTITY = (
     "engine.kind",
     "engine.zero_stage",
@@ -154,6 +155,12 @@ _NOT_IDENTITY = (
     "data.mixture",
     "data.cache",
     "data.on_bad_sample",
+    "model.base",
+    "model.revision",
+    "model.autoencoder",
+    "model.image_encoder",
+    "model.decoder",
+    "model.prior",
     "data.max_bad_samples",
     "train.steps",
     "train.stop_after_steps",

@@ -64,10 +64,12 @@ def test_a_key_of_a_section_that_names_no_kind_is_of_the_familys_kind(written: b
     assert RunConfig.model_validate(given).objective.kind == "latent_denoising"
 
 
-def test_validation_is_no_part_of_a_runs_identity_and_the_base_is(tmp_path: Path) -> None:
+def test_where_a_base_lies_and_validation_are_no_part_of_a_runs_identity(tmp_path: Path) -> None:
+    """Of the base the checkpoints remember the weights' sha256."""
     config = load(tmp_path, SD)
-    assert identity(load(tmp_path, SD, "validation.seed=3", "validation.prompts=[a couple]")) == identity(config)
-    for kept in ("model.revision=abc", "adaptation.kind=lora", "objective.offset_noise=0.1", "model.base=elsewhere"):
+    for free in ("validation.seed=3", "validation.prompts=[a couple]", "model.revision=abc", "model.base=elsewhere"):
+        assert identity(load(tmp_path, SD, free)) == identity(config)
+    for kept in ("adaptation.kind=lora", "objective.offset_noise=0.1", "model.train_text_encoder=true", "model.frozen_precision=fp32"):
         assert identity(load(tmp_path, SD, kept)) != identity(config)
 
 
