@@ -244,7 +244,6 @@ class Loop:
             "loss_scale": dict(self.engine.loss_scale()),
             "loss_average": self.average.to_json(),
             "mean_loss": sum(losses) / len(losses) if losses else None,
-            **self.task.facts(),
             "final": step == self.config.train.steps,
         }
         self.saver.start(step, facts)

@@ -144,7 +144,9 @@ def restore(engine: Engine, checkpoint: Checkpoint, task: Task, pieces: Sequence
     Raises: ValueError if it was not."""
     saved = checkpoint.manifest.get("descriptor")
     if different := difference(saved if isinstance(saved, dict) else {}, task.descriptor.to_json()):
-        raise ValueError(f"{checkpoint.path} was made with another teacher, base or schedule: {different}; put that one back, or start a new --run-dir")
+        raise ValueError(
+            f"{checkpoint.path} was made with another teacher, base or schedule: {different}; put that one back, or start a new --run-dir"
+        )
     load_state(checkpoint, engine.state(), pieces)
     scale = checkpoint.manifest.get("loss_scale")
     engine.restored(scale if isinstance(scale, dict) else {})

@@ -1,6 +1,6 @@
 """What the loop asks of a task: a network, its loss on a micro-batch, its pictures, and what its weights mean."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, final
@@ -59,8 +59,6 @@ class Task:
     descriptor: Meaning
     attention: Kernels
     flops_per_image: int
-    """Of one training step, teacher and frozen encoders included; activations computed again do not count."""
+    """Of one training step, a teacher included; frozen encoders and activations computed again do not count."""
     class_images: ClassImages | None = None
     """What the base draws before the first step, to be learnt from beside the recipe's data; None: nothing."""
-    facts: Callable[[], Mapping[str, object]] = dict
-    """More for a checkpoint's manifest."""
