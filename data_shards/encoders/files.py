@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import final
 
@@ -88,9 +89,16 @@ def encoder_sha256(folder: Path) -> str:
     config = {key: value for key, value in read_json_object(folder / "config.json").items() if key not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
     for path in weight_files(folder):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        state = path.stat()
+        digest.update(_file_digest(path.resolve(), state.st_size, state.st_mtime_ns))
     return digest.hexdigest()
+
+
+@cache
+def _file_digest(path: Path, size_bytes: int, changed_ns: int) -> bytes:
+    """sha256 of a file as it is: gigabytes, of which a process asks more than once, as encoder and as part of a pipeline."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def weight_files(folder: Path) -> list[Path]:

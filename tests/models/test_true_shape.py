@@ -1,5 +1,6 @@
 """Stable Diffusion 2.1 in its true shape goes through real steps on two ranks, in the memory that was planned for it."""
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,8 @@ from trainer.plan.fake_step import measure
 from trainer.plan.from_recipe import plan_input
 
 pytestmark = [pytest.mark.distributed, pytest.mark.models]
+
+logger = logging.getLogger(__name__)  # --log-cli-level=INFO shows the figures
 
 RANKS, GIB_ALLOWED = 2, 20.0
 OVERRIDES = [
@@ -38,7 +41,7 @@ def test_sd_2_1_takes_real_steps_by_lora_within_its_plan(tmp_path: Path, checkpo
     found = [cast("dict[str, float]", answer) for answer in answers]
     taken = sum(answer["taken_gib"] for answer in found)
     counted = [answer["peak_bytes"] for answer in found]
-    print(f"predicted {predicted / 2**30:.3f} GiB, counted {[f'{one / 2**30:.3f}' for one in counted]}, taken {taken:.2f} GiB, {found}")  # noqa: T201
+    logger.info("predicted %.3f GiB, counted %s, taken %.2f GiB", predicted / 2**30, [f"{one / 2**30:.3f}" for one in counted], taken)
     assert taken < GIB_ALLOWED
     for one in counted:
         assert predicted == pytest.approx(one, rel=0.15)

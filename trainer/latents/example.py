@@ -6,9 +6,8 @@ from torch import Tensor
 from trainer.config import RunConfig
 from trainer.latents.inputs import Cond
 from trainer.latents.trained import Trained, latent_objective
-from trainer.latents.xl import is_xl
 from trainer.models.kandinsky import KandinskyDecoderDenoiser, KandinskyPriorDenoiser
-from trainer.models.stable_diffusion import StableDiffusionDenoiser
+from trainer.models.stable_diffusion import StableDiffusionDenoiser, is_xl
 from trainer.models.wuerstchen import WuerstchenPriorDenoiser
 
 CLIP_TOKENS = 77
@@ -22,7 +21,7 @@ def example(config: RunConfig, trained: Trained, latent_shape: tuple[int, ...], 
             width, cond = int(module.unet.config["cross_attention_dim"]), {}
             if module.text_encoder is None:
                 cond["text"] = torch.zeros(count, CLIP_TOKENS, width)
-                if is_xl(module.unet):
+                if is_xl(module.unet.config):
                     config_values = module.unet.config
                     pooled = config_values["projection_class_embeddings_input_dim"] - 6 * config_values["addition_time_embed_dim"]
                     cond |= {"pooled": torch.zeros(count, pooled), "time_ids": torch.zeros(count, 6)}

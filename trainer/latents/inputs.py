@@ -29,12 +29,13 @@ from trainer.draws import LatentDraws
 from trainer.engines.frozen import place_frozen
 from trainer.latents.base import find_part
 from trainer.latents.trained import Trained, latent_config, latent_objective
-from trainer.latents.xl import encode_xl, is_xl
+from trainer.latents.xl import encode_xl
 from trainer.masks import MaskKind, draw_masks, latent_mask
 from trainer.models.deprecated import PriorTransformer
 from trainer.models.frozen_inputs import TextState, image_states, latents, text_states
 from trainer.models.inpainting import masked_pixels
 from trainer.models.kandinsky import image_statistics
+from trainer.models.stable_diffusion import is_xl
 from trainer.models.wuerstchen import to_prior_latents
 
 Cond = dict[str, Tensor]
@@ -157,7 +158,7 @@ def _stable_diffusion(
     vae = None if stored else _vae(config, base, device=device)
     scale, side = _vae_facts(base, config)
     text, text_2, prompts = None, None, None
-    xl = is_xl(trained.network)
+    xl = is_xl(trained.network.config)
     layer = "penultimate" if xl else "last"
     if trained.tokenizer is not None:
         prompts = _tokens(trained.tokenizer, device=device)

@@ -68,6 +68,11 @@ def shape_of(base: str, part: str) -> Component:
     return parts[part]
 
 
+def load_text_encoder(folder: Path) -> CLIPTextModel:
+    """A pipeline's CLIP text encoder in fp32."""
+    return CLIPTextModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+
+
 def _class_of(config: Mapping[str, object]) -> str:
     """The class that a config.json names; of transformers' CLIP text encoders it may be the type alone."""
     name, architectures = config.get("_class_name"), config.get("architectures")
@@ -86,7 +91,5 @@ _LOADERS: Mapping[str, Callable[[Path], nn.Module]] = {
     "UNet2DConditionModel": _diffusers(UNet2DConditionModel),
     "WuerstchenPrior": _diffusers(WuerstchenPrior),
     "PriorTransformer": _diffusers(PriorTransformer),
-    "CLIPTextModel": lambda folder: CLIPTextModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-    ),
+    "CLIPTextModel": load_text_encoder,
 }

@@ -61,14 +61,15 @@ class Pictures:
         self.config, self.run_dir, self.trained, self.inputs = config, run_dir, trained, inputs
         self.image_size, self.examples = picture_side(config, image_size) or image_size, examples
         self.seeds = [config.validation.seed + number for number in range(config.logging.sample_images)]
+        self.network: Network | None = None
+        """The one that draws at the moment."""
 
     def draw(self, network: Network, step: int) -> Drawn:
         """The sheet of a network, beside the base's pictures, which the network itself draws at step 0. Collective."""
-        paint = self._painter(network)
-        pictures = self._drawn(paint, self.prompts)
+        pictures = self._drawn(network, self.prompts)
         if step == 0:
             bases = self.config.validation.base_prompts
-            base = pictures if not bases or bases == self.prompts else self._drawn(paint, bases)
+            base = pictures if not bases or bases == self.prompts else self._drawn(network, bases)
             self._keep_base(base)
         scores = self._scores(pictures)
         notes = [f"CLIP score {score:.1f}" for score in scores]
@@ -127,18 +128,21 @@ class Pictures:
 
     def draw_requests(self, network: Network, requests: Sequence[PictureRequest], *, tick: Tick = no_tick) -> UInt8[Tensor, "b h w c"]:
         """What a network draws of any requests. Collective."""
-        return self._draw(self._painter(network), requests, tick)
-
-    def _draw(self, paint: Paint, requests: Sequence[PictureRequest], tick: Tick = no_tick) -> UInt8[Tensor, "b h w c"]:
+        self.network = network
         with autocast(ranks.device(), latent_config(self.config).frozen_precision), torch.no_grad():
-            return draw_on_ranks(paint, requests, batch_size=_BATCH_SIZE, tick=tick)
+            return draw_on_ranks(self._paint, requests, batch_size=_BATCH_SIZE, tick=tick)
 
-    def _drawn(self, paint: Paint, prompts: Sequence[str]) -> UInt8[Tensor, "p s h w c"]:
-        drawn = self._draw(paint, self.requests(prompts))
+    def _drawn(self, network: Network, prompts: Sequence[str]) -> UInt8[Tensor, "p s h w c"]:
+        drawn = self.draw_requests(network, self.requests(prompts))
         return drawn.view(len(prompts), len(self.seeds), *drawn.shape[1:])
 
-    def _painter(self, network: Network) -> Paint:
-        """Stock pipelines around the engine's network; frozen parts are those that encode the training data, where these are there."""
+    def _predict(self, *inputs: object) -> Tensor:
+        assert self.network is not None, "a network draws"
+        return self.network(*inputs)
+
+    @cached_property
+    def _paint(self) -> Paint:
+        """Stock pipelines around the network, put together once; frozen parts are those that encode the data, where there are any."""
         device, model = ranks.device(), latent_config(self.config)
         parts = Parts(
             text_encoder=TextStandIn() if self.trained.tokenizer is not None else self.inputs.text and self.inputs.text.module,
@@ -147,22 +151,19 @@ class Pictures:
             vae=self.inputs.vae and self.inputs.vae.module,
         )
         pipeline = assemble(
-            self.config, stand_in(self.trained, network, device=device, tick=no_tick, unscaled=self.inputs.unscaled), parts, device=device
+            self.config,
+            stand_in(self.trained, self._predict, device=device, tick=no_tick, unscaled=self.inputs.unscaled),
+            parts,
+            device=device,
         )
         match model:
             case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
                 assert model.decoder is not None, "can_draw asks for it"
-                return painter(pipeline, self._other(model.decoder))
+                return painter(pipeline, load_pipeline(find_pipeline(model.decoder), device=device))
             case Kandinsky22DecoderConfig():
-                return painter(self._other(model.prior), pipeline)
+                return painter(load_pipeline(find_pipeline(model.prior), device=device), pipeline)
             case _:
                 return painter(pipeline)
-
-    def _other(self, name: str):
-        """The pipeline that draws together with the trained one, loaded once."""
-        if not hasattr(self, "_companion"):
-            self._companion = load_pipeline(find_pipeline(name), device=ranks.device())
-        return self._companion
 
     def _given(self) -> UInt8[Tensor, "p h w c"] | None:
         if self.masked is None:

@@ -26,10 +26,12 @@ from trainer.config import (
 )
 from trainer.diffusion.schedule import build_alpha_bar
 from trainer.latents.base import find_part, scheduler_config
-from trainer.latents.trained import latent_config, latent_objective, load_text_encoder, load_tokenizer
-from trainer.latents.xl import assemble_xl, is_xl
+from trainer.latents.networks import load_text_encoder
+from trainer.latents.trained import latent_config, latent_objective, load_tokenizer
+from trainer.latents.xl import assemble_xl
 from trainer.models.deprecated import KandinskyV22Pipeline, KandinskyV22PriorPipeline, WuerstchenPriorPipeline
 from trainer.models.from_config import build_scheduler
+from trainer.models.stable_diffusion import is_xl
 
 _PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "x_0": "sample"}
 
@@ -59,12 +61,12 @@ def assemble(config: RunConfig, network: object, parts: Parts, *, device: torch.
             kind = StableDiffusionPipeline if latent_objective(config).inpainting is None else StableDiffusionInpaintPipeline
             text = find_part(model.base, "text_encoder", revision=model.revision)
             vae = parts.vae or _vae(find_part(model.base, "vae", revision=model.revision), device)
-            if is_xl(network):
+            if is_xl(getattr(network, "config", {})):
                 both = None if parts.text_encoder is None else (parts.text_encoder, parts.text_encoder_2)
                 scheduler = trained_scheduler(config, text)
                 return assemble_xl(model, network, vae=vae, text_encoders=both, scheduler=scheduler, device=device)
             known = Parts(
-                text_encoder=parts.text_encoder or load_text_encoder(text).to(device),  # pyright: ignore[reportArgumentType]
+                text_encoder=parts.text_encoder or load_text_encoder(text.folder).to(device),  # pyright: ignore[reportArgumentType]
                 tokenizer=parts.tokenizer or load_tokenizer(text.beside("tokenizer")),
             )
             return _stable_diffusion(kind, network, known, vae=vae, scheduler=trained_scheduler(config, text))
@@ -72,7 +74,7 @@ def assemble(config: RunConfig, network: object, parts: Parts, *, device: torch.
             text = find_part(model.base, "text_encoder", revision=model.revision)
             return WuerstchenPriorPipeline(
                 tokenizer=load_tokenizer(text.beside("tokenizer")),  # pyright: ignore[reportArgumentType]
-                text_encoder=parts.text_encoder or load_text_encoder(text).to(device),  # pyright: ignore[reportArgumentType]
+                text_encoder=parts.text_encoder or load_text_encoder(text.folder).to(device),  # pyright: ignore[reportArgumentType]
                 prior=network,  # pyright: ignore[reportArgumentType]
                 scheduler=trained_scheduler(config, text),  # pyright: ignore[reportArgumentType]
             )

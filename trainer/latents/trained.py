@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, final
 
-import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora.layer import LoraLayer
@@ -31,7 +30,7 @@ from trainer.latents.networks import Networks, networks_of
 from trainer.models.deprecated import PriorTransformer, WuerstchenPrior
 from trainer.models.inpainting import INPAINTING_CHANNELS, widen
 from trainer.models.kandinsky import KandinskyDecoderDenoiser, KandinskyPriorDenoiser
-from trainer.models.stable_diffusion import StableDiffusionDenoiser
+from trainer.models.stable_diffusion import StableDiffusionDenoiser, is_xl
 from trainer.models.wuerstchen import WuerstchenPriorDenoiser
 from trainer.rng import generator, seed_weights
 from trainer.tiny_models.vocabulary import WORDS, build_tokenizer
@@ -137,13 +136,6 @@ def latent_objective(config: RunConfig) -> LatentDenoisingConfig:
     return config.objective
 
 
-def load_text_encoder(files: ModelFiles) -> CLIPTextModel:
-    """A pipeline's CLIP text encoder in fp32."""
-    return CLIPTextModel.from_pretrained(
-        files.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-    )
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A pipeline's tokenizer. Nothing of the folder is run."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -173,7 +165,7 @@ def _stable_diffusion(config: RunConfig, model: StableDiffusionConfig, networks:
             "set objective.inpainting={} to train it as one, or give a text-to-image base in model.base"
         )
     text_encoder, tokenizer = None, None
-    if unet.config.get("addition_embed_type") == "text_time":
+    if is_xl(unet.config):
         _check_xl(config, model)
     token = config.dreambooth.new_token if config.dreambooth else None
     if model.train_text_encoder or token is not None:

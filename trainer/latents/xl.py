@@ -5,19 +5,15 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from data_shards.encoders.files import ModelFiles
 from data_shards.encoders.text import TextEncoder
 from data_shards.files import read_json_object
 from trainer.config import StableDiffusionConfig
 from trainer.latents.base import find_part
+from trainer.latents.networks import load_text_encoder
 from trainer.latents.trained import load_tokenizer
-
-
-def is_xl(unet: object) -> bool:
-    """Whether a U-Net, or what stands in for one, is told pooled text and sizes, as XL's is."""
-    return getattr(unet, "config", {}).get("addition_embed_type") == "text_time"
 
 
 def encode_xl(
@@ -50,11 +46,10 @@ def assemble_xl(
     """The stock pipeline around a U-Net, or what stands in for one. text_encoders: None for those of the base."""
     files = [find_part(model.base, part, revision=model.revision) for part in ("text_encoder", "text_encoder_2")]
     if text_encoders is None:
-        safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-        text_encoders = (
-            CLIPTextModel.from_pretrained(files[0].folder, **safe).to(device),  # pyright: ignore[reportArgumentType]
-            CLIPTextModelWithProjection.from_pretrained(files[1].folder, **safe).to(device),  # pyright: ignore[reportArgumentType]
+        second = CLIPTextModelWithProjection.from_pretrained(
+            files[1].folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
+        text_encoders = (load_text_encoder(files[0].folder).to(device), second.to(device))  # pyright: ignore[reportArgumentType]
     return StableDiffusionXLPipeline(
         vae=vae,  # pyright: ignore[reportArgumentType]
         text_encoder=text_encoders[0],  # pyright: ignore[reportArgumentType]

@@ -13,6 +13,11 @@ from trainer.models.activation_checkpointing import enable_activation_checkpoint
 from trainer.models.inpainting import inpainting_input
 
 
+def is_xl(unet_config: Mapping[str, object]) -> bool:
+    """Whether a U-Net of this config is told pooled text and sizes, as Stable Diffusion XL's is."""
+    return unet_config.get("addition_embed_type") == "text_time"
+
+
 @final
 class StableDiffusionDenoiser(nn.Module):
     """The U-Net with the arguments that all latent models take, and the text encoder that is trained with it, if any."""

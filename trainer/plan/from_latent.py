@@ -22,6 +22,7 @@ from trainer.latents.example import example
 from trainer.latents.networks import shape_of, shapes_of
 from trainer.latents.trained import Trained, build_trained, latent_config
 from trainer.models.from_config import build_empty_model
+from trainer.models.stable_diffusion import is_xl
 from trainer.plan.live_bytes import LiveBytes
 from trainer.plan.plan_input import DType, Frozen, PlanInput, Shapes
 
@@ -108,7 +109,7 @@ def frozen_encoders(config: RunConfig, *, side: int) -> tuple[Frozen, ...]:
     if getattr(model, "text", None) == "encode" and not trains_text:
         assert not isinstance(model, LatentBaseConfig), "it trains its text encoder"
         wanted.append((model.base, "text_encoder"))
-        if isinstance(model, StableDiffusionConfig) and shape_of(model.base, "unet").config.get("addition_embed_type") == "text_time":
+        if isinstance(model, StableDiffusionConfig) and is_xl(shape_of(model.base, "unet").config):
             wanted.append((model.base, "text_encoder_2"))
     precision: DType = model.frozen_precision
     return tuple(_frozen(base, part, precision, side=side, count=config.data.micro_batch_size) for base, part in wanted)

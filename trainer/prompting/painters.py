@@ -58,18 +58,15 @@ def painter(pipeline: DiffusionPipeline, decoder: DiffusionPipeline | None = Non
 def stable_diffusion(pipeline: StableDiffusionPipeline) -> Paint:
     """Text to image by Stable Diffusion 1 and 2."""
     pipeline.register_modules(safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    run = cast("Callable[..., _Drawn]", pipeline)
-
-    def paint(requests: Sequence[PictureRequest], generators: list[Generator], tick: Tick) -> UInt8[Tensor, "b h w c"]:
-        rescale = requests[0].guidance_rescale
-        return to_bytes(run(generator=generators, guidance_rescale=rescale, **_text(requests), **_size(requests), **_output(tick)).images)
-
-    return paint
+    return _of_text(pipeline)
 
 
 def stable_diffusion_xl(pipeline: StableDiffusionXLPipeline) -> Paint:
     """Text to image by Stable Diffusion XL."""
+    return _of_text(pipeline)
+
+
+def _of_text(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> Paint:
     pipeline.set_progress_bar_config(disable=True)
     run = cast("Callable[..., _Drawn]", pipeline)
 
