@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data_shards.files import json_text, replace_file
+from data_shards.host_memory import keep_freed_memory
 from data_shards.remote.retry import FetchError, RefusedError
 from trainer.exit_codes import BAD_INPUT, CRASH, DATA_BUDGET, DONE, INTERRUPTED, IO_ERROR, NUMERIC, PEER_LOST
 from trainer.lease import Lease
@@ -131,6 +132,8 @@ def _join(timeout_seconds: float, watch: Watch | None) -> None:
         watch.phase("import", 0)
     from data_shards import ranks
 
+    if ranks.device().type == "cpu":
+        keep_freed_memory()
     if watch:
         watch.phase("rendezvous", 0)
     ranks.init_process_group(timeout_seconds=timeout_seconds)
