@@ -22,9 +22,10 @@ from trainer.config_io import load_recipe
 from trainer.export_folder import LORA_FILE, is_hub_id, verified_manifest
 from trainer.latents.base import find_part
 from trainer.latents.finished import Finished, base_name, build_pipeline, load_finished
+from trainer.latents.pictures import can_draw, companion_of, sheet_requests
 from trainer.latents.sizes import WUERSTCHEN_MULTIPLE, picture_side
 from trainer.latents.snippet import TOKEN_FILE, prompts_of
-from trainer.latents.trained import latent_config, latent_objective
+from trainer.latents.trained import latent_objective
 from trainer.manifest import newest_checkpoint
 from trainer.models.deprecated import WuerstchenPriorPipeline
 from trainer.models.from_config import build_scheduler
@@ -140,25 +141,12 @@ def open_drawer(path: Path, given: Given) -> Drawer:
 def draw_card_pictures(finished: Finished, pipeline: DiffusionPipeline) -> bytes | None:
     """A sheet of a few pictures for a card, as PNG; None where the recipe does not say what is needed to draw any."""
     recipe = finished.recipe
-    companion = _companion_of(recipe)
-    is_alone = not isinstance(recipe.model, WuerstchenPriorConfig | Kandinsky22PriorConfig | Kandinsky22DecoderConfig)
-    if latent_objective(recipe).inpainting is not None or (companion is None and not is_alone):
+    if latent_objective(recipe).inpainting is not None or not can_draw(recipe):
         return None
-    drawer = _around(finished, pipeline, companion)
-    prompts, validation = prompts_of(recipe)[:_CARD_PROMPTS], recipe.validation
-    seeds = [validation.seed + number for number in range(_CARD_SEEDS)]
-    requests = [
-        PictureRequest(
-            prompt=prompt,
-            seed=seed,
-            negative_prompt=validation.negative_prompt or None,
-            guidance_scale=validation.guidance_scale,
-            steps=recipe.logging.sample_steps,
-            size=None if drawer.size is None else (drawer.size, drawer.size),
-        )
-        for prompt in prompts
-        for seed in seeds
-    ]
+    drawer = _around(finished, pipeline, companion_of(recipe))
+    prompts = prompts_of(recipe)[:_CARD_PROMPTS]
+    seeds = [recipe.validation.seed + number for number in range(_CARD_SEEDS)]
+    requests = sheet_requests(recipe, prompts, seeds, size=None if drawer.size is None else (drawer.size, drawer.size))
     with torch.no_grad():
         images = draw(painter(drawer.pipeline, drawer.decoder), requests, batch_size=DEFAULT_BATCH_SIZE)
     title = f"step {finished.checkpoint.step}"
@@ -173,7 +161,7 @@ def _of_run(run_dir: Path, given: Given) -> Drawer:
         models = [model for model in (finished.network, finished.text_encoder) if model is not None]
         for layer in [layer for model in models for layer in lora_layers(model).values()]:
             layer.set_scale(ADAPTER, given.lora_scale)
-    return _around(finished, pipeline, given.companion or _companion_of(finished.recipe))
+    return _around(finished, pipeline, given.companion or companion_of(finished.recipe))
 
 
 def _around(finished: Finished, pipeline: DiffusionPipeline, companion: str | None) -> Drawer:
@@ -201,7 +189,7 @@ def _of_export(folder: Path, given: Given) -> Drawer:
     size = manifest.get("image_size")
     size = picture_side(recipe, size if isinstance(size, int) else None)
     here = _recipe_here(folder, manifest)
-    companion = given.companion or (None if here is None else _companion_of(here)) or _reachable(_companion_of(recipe))
+    companion = given.companion or (None if here is None else companion_of(here)) or _reachable(companion_of(recipe))
     if manifest.get("form") != "lora":
         _refuse_base(folder, given)
         return _joined(folder, companion, size)
@@ -262,17 +250,6 @@ def _recipe_here(folder: Path, manifest: Mapping[str, object]) -> RunConfig | No
         return None
     of_run = any(checkpoint.sha256 == manifest.get("checkpoint_sha256") for checkpoint in [newest_checkpoint(run_dir)] if checkpoint)
     return load_recipe(run_dir / "recipe.yaml", ()) if of_run else None
-
-
-def _companion_of(recipe: RunConfig) -> str | None:
-    """What a model draws together with, as its recipe says."""
-    match latent_config(recipe):
-        case WuerstchenPriorConfig() | Kandinsky22PriorConfig() as model:
-            return model.decoder
-        case Kandinsky22DecoderConfig() as model:
-            return model.prior
-        case _:
-            return None
 
 
 def _reachable(name: str | None) -> str | None:

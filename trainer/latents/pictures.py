@@ -43,13 +43,49 @@ _ROWS = 3
 _BASE = "base"
 
 
+def companion_of(config: RunConfig) -> str | None:
+    """What a prior or a decoder draws together with, as its recipe says; None for models that draw on their own."""
+    match latent_config(config):
+        case WuerstchenPriorConfig() | Kandinsky22PriorConfig() as model:
+            return model.decoder
+        case Kandinsky22DecoderConfig() as model:
+            return model.prior
+        case _:
+            return None
+
+
 def can_draw(config: RunConfig) -> bool:
     """Whether a recipe says what is needed to turn what its model draws into pixels."""
-    match config.model:
-        case WuerstchenPriorConfig() | Kandinsky22PriorConfig() as model:
-            return model.decoder is not None
-        case _:
-            return True
+    return companion_of(config) is not None or not isinstance(config.model, WuerstchenPriorConfig | Kandinsky22PriorConfig)
+
+
+def sheet_requests(
+    config: RunConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    size: tuple[int, int] | None,
+    masked: Sequence[tuple[Image.Image, Image.Image]] | None = None,
+) -> list[PictureRequest]:
+    """Every prompt with every seed, as a recipe validates. masked: of each prompt the image and the mask that is filled."""
+    validation, steps, decoder_steps = config.validation, config.logging.sample_steps, config.validation.companion_steps
+    if isinstance(config.model, Kandinsky22DecoderConfig):
+        steps, decoder_steps = decoder_steps, steps
+    return [
+        PictureRequest(
+            prompt=prompt,
+            seed=seed,
+            negative_prompt=validation.negative_prompt or None,
+            guidance_scale=validation.guidance_scale,
+            steps=steps,
+            decoder_steps=decoder_steps,
+            size=size,
+            image=masked[row][0] if masked else None,
+            mask=masked[row][1] if masked else None,
+        )
+        for row, prompt in enumerate(prompts)
+        for seed in seeds
+    ]
 
 
 @final
@@ -104,28 +140,6 @@ class Pictures:
             pairs.append((pixels.resize(size), Image.fromarray((mask[0].numpy() * 255).astype(np.uint8))))
         return [pairs[number % len(pairs)] for number in range(len(self.prompts))]
 
-    def requests(self, prompts: Sequence[str]) -> list[PictureRequest]:
-        """All pictures of a sheet, seed by seed."""
-        validation, steps, decoder_steps = self.config.validation, self.config.logging.sample_steps, self.config.validation.companion_steps
-        if isinstance(self.config.model, Kandinsky22DecoderConfig):
-            steps, decoder_steps = decoder_steps, steps
-        masked = self.masked
-        return [
-            PictureRequest(
-                prompt=prompt,
-                seed=seed,
-                negative_prompt=validation.negative_prompt or None,
-                guidance_scale=validation.guidance_scale,
-                steps=steps,
-                decoder_steps=decoder_steps,
-                size=(self.image_size, self.image_size),
-                image=masked[row][0] if masked else None,
-                mask=masked[row][1] if masked else None,
-            )
-            for row, prompt in enumerate(prompts)
-            for seed in self.seeds
-        ]
-
     def draw_requests(self, network: Network, requests: Sequence[PictureRequest], *, tick: Tick = no_tick) -> UInt8[Tensor, "b h w c"]:
         """What a network draws of any requests. Collective."""
         self.network = network
@@ -133,7 +147,8 @@ class Pictures:
             return draw_on_ranks(self._paint, requests, batch_size=_BATCH_SIZE, tick=tick)
 
     def _drawn(self, network: Network, prompts: Sequence[str]) -> UInt8[Tensor, "p s h w c"]:
-        drawn = self.draw_requests(network, self.requests(prompts))
+        size = (self.image_size, self.image_size)
+        drawn = self.draw_requests(network, sheet_requests(self.config, prompts, self.seeds, size=size, masked=self.masked))
         return drawn.view(len(prompts), len(self.seeds), *drawn.shape[1:])
 
     def _predict(self, *inputs: object) -> Tensor:
@@ -143,7 +158,7 @@ class Pictures:
     @cached_property
     def _paint(self) -> Paint:
         """Stock pipelines around the network, put together once; frozen parts are those that encode the data, where there are any."""
-        device, model = ranks.device(), latent_config(self.config)
+        device = ranks.device()
         parts = Parts(
             text_encoder=TextStandIn() if self.trained.tokenizer is not None else self.inputs.text and self.inputs.text.module,
             text_encoder_2=self.inputs.text_2 and self.inputs.text_2.module,
@@ -156,14 +171,12 @@ class Pictures:
             parts,
             device=device,
         )
-        match model:
-            case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
-                assert model.decoder is not None, "can_draw asks for it"
-                return painter(pipeline, load_pipeline(find_pipeline(model.decoder), device=device))
-            case Kandinsky22DecoderConfig():
-                return painter(load_pipeline(find_pipeline(model.prior), device=device), pipeline)
-            case _:
-                return painter(pipeline)
+        other = companion_of(self.config)
+        if other is None:
+            return painter(pipeline)
+        companion = load_pipeline(find_pipeline(other), device=device)
+        is_decoder = isinstance(self.config.model, Kandinsky22DecoderConfig)
+        return painter(companion, pipeline) if is_decoder else painter(pipeline, companion)
 
     def _given(self) -> UInt8[Tensor, "p h w c"] | None:
         if self.masked is None:
