@@ -24,6 +24,8 @@ from trainer.config_sections import (
 COSINE_OFFSET = 0.008
 COSINE_MAX_BETA = 0.999
 CLAMPED_ALPHA_BAR = (1e-5, 0.9999)
+# What a scheduler's class means by a config without beta_schedule, where that is not linear.
+_OWN_BETAS = {"UnCLIPScheduler": "squaredcos_cap_v2"}
 
 
 def build_alpha_bar(noise_schedule: NoiseScheduleConfig) -> Float64[Tensor, " T"]:
@@ -107,13 +109,13 @@ def zero_terminal_snr(alpha_bar: Float64[Tensor, " T"]) -> Float64[Tensor, " T"]
 
 
 def alpha_bar_of_scheduler(config: Mapping[str, object]) -> Float64[Tensor, " T"]:
-    """The table of a diffusers scheduler_config.json, in fp64; what it does not say is as DDPMScheduler has it.
+    """The table of a diffusers scheduler_config.json, in fp64; what it does not say is as DDPMScheduler, or UnCLIPScheduler, has it.
 
     Zero terminal SNR, if the config asks for it, is in the table. Raises: ValueError naming the entry that is not understood."""
     trained = config.get("trained_betas")
     steps = _entry(config, "num_train_timesteps", 1000.0)
     first, last = _entry(config, "beta_start", 0.0001), _entry(config, "beta_end", 0.02)
-    match config.get("beta_schedule", "linear"):
+    match config.get("beta_schedule", _OWN_BETAS.get(str(config.get("_class_name")), "linear")):
         case _ if isinstance(trained, Sequence) and not isinstance(trained, str):
             betas = [_number(beta, f"trained_betas[{at}]") for at, beta in enumerate(trained)]
         case _ if trained is not None:

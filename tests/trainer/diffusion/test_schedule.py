@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, rescale_zero_terminal_snr
+from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 
+from trainer.architectures import read_architecture
 from trainer.config_sections import (
     CosineClampedNoiseSchedule,
     CosineNoiseSchedule,
@@ -24,6 +26,7 @@ from trainer.diffusion.schedule import (
     respaced_betas,
     zero_terminal_snr,
 )
+from trainer.models.from_config import build_scheduler
 from trainer.stages import grid
 
 SCHEDULES: tuple[NoiseScheduleConfig, ...] = (
@@ -139,6 +142,29 @@ def test_tables_of_scheduler_configs_are_those_of_diffusers(config: dict[str, ob
     # The first cosine beta and what follows it are 1 - a ratio next to 1, whose rounding grows along a thousand fp32 factors.
     torch.testing.assert_close(table, wanted.double(), rtol=5e-5, atol=1e-7)
     assert (table[-1].item() == 0.0) == rescaled
+
+
+@pytest.mark.parametrize("steps", [1000, 64])
+def test_unclip_without_a_beta_schedule_is_the_squared_cosine(steps: int) -> None:
+    """As kandinsky-2-2-prior on the Hub has it: of diffusers' UnCLIPScheduler there is no other."""
+    stock = UnCLIPScheduler(num_train_timesteps=steps, prediction_type="sample")
+    written = dict(stock.config)
+    config = {name: value for name, value in written.items() if name != "beta_schedule"} | {"_class_name": "UnCLIPScheduler"}
+    table = alpha_bar_of_scheduler(config)
+    torch.testing.assert_close(table, stock.alphas_cumprod.double(), rtol=5e-5, atol=1e-7)
+    assert torch.equal(table, alpha_bar_of_scheduler(written))
+    assert torch.equal(table, build_alpha_bar(CosineNoiseSchedule(steps=steps)))
+
+
+@pytest.mark.parametrize("name", ["kandinsky22_prior", "kandinsky22_decoder", "stable_diffusion_1_5"])
+def test_an_architectures_levels_are_those_of_the_scheduler_that_is_made_of_it(name: str) -> None:
+    component = read_architecture(name).components["scheduler"]
+    made = build_scheduler(component)
+    given = alpha_bar_of_scheduler({**component.config, "_class_name": component.class_name})
+    written = alpha_bar_of_scheduler(dict(made.config))  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(given, written)
+    wanted = made.alphas_cumprod.double()  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(given, wanted, rtol=5e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
