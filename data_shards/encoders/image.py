@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Protocol, final
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -89,7 +88,9 @@ class ClipImageEncoder:
 
     def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """images: 0 .. 255."""
-        pixels = self._processor([np.asarray(image.permute(1, 2, 0)) for image in images], return_tensors="pt")["pixel_values"]
+        # Pillow works on the CPU; a processor of tensors would scale to other numbers.
+        rows = images.cpu().permute(0, 2, 3, 1).numpy()
+        pixels = self._processor(list(rows), return_tensors="pt")["pixel_values"]
         with torch.no_grad(), autocast(self._device, self._precision):
             return self._model(pixel_values=pixels.to(self._device)).image_embeds
 
@@ -110,6 +111,7 @@ class WuerstchenEncoder:
         self._model.to(device)
         self._precision: Precision = precision
         self._device = device
+        self._mean, self._scale = torch.tensor((_MEAN, _SCALE), device=device)[:, :, None, None]
 
     @property
     def module(self) -> nn.Module:
@@ -122,8 +124,7 @@ class WuerstchenEncoder:
 
     def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 16 i j"]:
         """images: 0 .. 255; 1/32 of their size."""
-        mean, scale = (torch.tensor(values, device=self._device)[:, None, None] for values in (_MEAN, _SCALE))
-        pixels = (images.to(self._device, torch.float32) / 255 - mean) / scale
+        pixels = (images.to(self._device, torch.float32) / 255 - self._mean) / self._scale
         with torch.no_grad(), autocast(self._device, self._precision):
             return self._model(pixels)
 

@@ -1,7 +1,9 @@
 """Encoders as a trainer uses them: numbers that a backward pass may keep, weights held in bf16, models shared among ranks."""
 
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(EfficientNetEncoder().state_dict(), root / "effnet")
     tiny_tokenizer().save_pretrained(root / "t5")
     return root
+
+
+class OnDevice(Tensor):
+    """Images as on a CUDA device: numpy takes neither them nor views of them before they are on the CPU."""
+
+    def numpy(self, *, force: bool = False) -> NoReturn:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+
+    def __array__(self, dtype: object = None) -> NoReturn:
+        self.numpy()
+
+    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+        """A plain tensor of the same numbers."""
+        return self.as_subclass(Tensor)
+
+    def to(self, *args: object, **settings: object) -> Tensor:
+        """As `cpu`: the encoders here are there."""
+        return self.as_subclass(Tensor).to(*args, **settings)  # type: ignore[call-overload]
 
 
 def load(models: Path, kind: str, *, precision: Precision, holds_bf16: bool = False) -> Encoder:
@@ -82,6 +102,15 @@ def test_a_backward_pass_may_keep_what_encoders_give(models: Path, kind: str) ->
         weight = torch.ones(made.shape[-1], requires_grad=True)
         (made * weight).sum().backward()  # refused for tensors of inference mode
         assert weight.grad is not None and not made.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["vae", "movq", "vision", "effnet"])
+def test_images_that_are_on_a_device_are_encoded_as_those_on_the_cpu(models: Path, kind: str) -> None:
+    encoder = load(models, kind, precision="fp32")
+    assert not isinstance(encoder, TextEncoder)
+    with pytest.raises(TypeError, match="convert cuda"):
+        np.asarray(IMAGES.as_subclass(OnDevice)[0])
+    assert torch.equal(encoder.encode(IMAGES.as_subclass(OnDevice)), encoder.encode(IMAGES))
 
 
 @pytest.mark.parametrize("kind", ["clip_text", "projected", "t5", "vision", "effnet"])
