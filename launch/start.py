@@ -60,7 +60,12 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
         warn_of_shared_shards(freeze_run(folder, config, machines, shards_in=folder / "shards"), machines)
-        return launch_job(Job("train", folder, options), machines, how, lock)
+        code = launch_job(Job("train", folder, options), machines, how, lock)
+    if code == DONE and isinstance(machines, LocalCluster):
+        export = folder / "export"
+        next_step = f"the model is in {export}" if export.exists() else f"halfstep export {folder} makes the model ready to hand on"
+        sys.stdout.write(f"{folder}: all {config.train.steps} steps are done; {next_step}\n")
+    return code
 
 
 def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:

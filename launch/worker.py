@@ -134,6 +134,7 @@ def _join(timeout_seconds: float, watch: Watch | None) -> None:
 
     if ranks.device().type == "cpu":
         keep_freed_memory()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which other libraries import, prints that it found no GPU
     if watch:
         watch.phase("rendezvous", 0)
     ranks.init_process_group(timeout_seconds=timeout_seconds)

@@ -105,6 +105,16 @@ def test_a_run_goes_on_under_another_engine(engine: EngineConfig, jobs: list[Job
         start_train("recipe.yaml", ["seed=1"], How(Path("run")))
 
 
+def test_a_run_that_is_done_says_what_is_next(jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    start_train("recipe.yaml", [], How(Path("run")))
+    Path("run/export").mkdir()
+    start_train("recipe.yaml", [], How(Path("run")))
+    assert capsys.readouterr().out.splitlines() == [
+        "run: all 2 steps are done; halfstep export run makes the model ready to hand on",
+        "run: all 2 steps are done; the model is in run/export",
+    ]
+
+
 @pytest.mark.parametrize("allow_fresh", [False, True])
 def test_ranks_are_told_whether_they_may_start_over(allow_fresh: bool, jobs: list[Job]) -> None:
     run(lambda: command_line.train("recipe.yaml", run_dir=Path("run"), allow_fresh=allow_fresh))

@@ -92,6 +92,8 @@ def sample_prompts(path: Path, options: Options) -> int:
     drawer = open_drawer(path, given)
     requests = sized_requests(wanted, drawer)
     paint = painter(drawer.pipeline, drawer.decoder)
+    if ranks.is_rank_0():
+        logger.info("%s: drawing %d images", path, len(requests))
     started = time.perf_counter()
     with torch.no_grad():
         images = draw_on_ranks(paint, requests, batch_size=batch_size)

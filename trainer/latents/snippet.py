@@ -1,11 +1,11 @@
-"""The few lines of Python by which stock diffusers draws with an exported latent model; they run as they stand."""
+"""The few lines of Python by which stock diffusers draws with an exported latent model; they run as they stand beside its folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 from trainer.config import Kandinsky22DecoderConfig, Kandinsky22PriorConfig, RunConfig, StableDiffusionConfig, WuerstchenPriorConfig
-from trainer.export_folder import LORA_FILE, public_name
+from trainer.export_folder import LORA_FILE, is_hub_id, public_name
 from trainer.latents.trained import latent_config, latent_objective
 
 TOKEN_FILE = "learned_embeds.safetensors"
@@ -59,7 +59,21 @@ def usage_code(exported: Exported) -> str:
             lines = _kandinsky(exported, prior=public_name(model.prior), decoder=_of_base(exported, model.base))
         case _:
             lines = _stable_diffusion(exported)
-    return "\n".join([*lines, 'image.save("sample.png")'])
+    folders = _folders(exported)
+    where = [f"# To be run where these folders are ({', '.join(folders)}), or with the path in place of the name."]
+    return "\n".join([*(where if folders else []), *lines, 'image.save("sample.png")'])
+
+
+def _folders(exported: Exported) -> list[str]:
+    """What the lines load from folders of this machine, not from the Hub."""
+    model = latent_config(exported.recipe)
+    names = [
+        getattr(model, "base", None) if exported.form == "lora" else None,
+        getattr(model, "decoder", None),
+        getattr(model, "prior", None),
+    ]
+    own = [] if is_hub_id(exported.name) else [exported.name]
+    return [*own, *(public_name(name) for name in names if name is not None and not is_hub_id(name))]
 
 
 def _stable_diffusion(exported: Exported) -> list[str]:
@@ -82,8 +96,8 @@ def _stable_diffusion(exported: Exported) -> list[str]:
         lines.append(f'pipeline.load_lora_weights("{exported.name}", weight_name="{LORA_FILE}")')
     given = []
     if inpaints:
-        lines += ['face = Image.open("image.png").convert("RGB")', 'mask = Image.open("mask.png").convert("L")  # white is painted']
-        given = ["image=face", "mask_image=mask"]
+        lines += ['picture = Image.open("image.png").convert("RGB")', 'mask = Image.open("mask.png").convert("L")  # white is painted']
+        given = ["image=picture", "mask_image=mask"]
     return [*lines, _call("image = pipeline", [*given, *_size(exported), *_settings(recipe)], exported, end=").images[0]")]
 
 

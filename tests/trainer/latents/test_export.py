@@ -173,6 +173,8 @@ def test_wuerstchens_prior_is_loaded_by_stock_diffusers(bases: Bases, tmp_path: 
     ours, folder = drawn(run_dir, ONE), export_run(run_dir)
     assert largest_difference(drawn(folder, ONE), ours) <= 2
     assert largest_difference(run_card(folder, tmp_path / "work", {base.name: base, "decoder": decoder}), ours[0]) <= 2
+    needed = [folder.name, *([base.name] if adaptation == LORA else []), "decoder"]
+    assert f"where these folders are ({', '.join(needed)})" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("adaptation", [{"kind": "full"}, LORA])
