@@ -1,6 +1,5 @@
 """Wuerstchen's semantic compressor, which diffusers does not have: EfficientNetV2-S, its weights named as torchvision names them."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_shards.encoders.files import find_model, weight_files
+from data_shards.encoders.files import file_sha256, find_model, weight_files
 
 LATENT_CHANNELS = 16
 _STATE = "effnet_state_dict"  # in model_v2_stage_b.pt of dome272/wuerstchen
@@ -120,8 +119,7 @@ def load_efficient_net(text: str) -> tuple[EfficientNetEncoder, dict[str, object
     Raises: ValueError if it holds other weights."""
     path = Path(text)
     if path.is_file():
-        with open(path, "rb") as file:
-            source: dict[str, object] = {"name": path.name, "commit": None, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        source: dict[str, object] = {"name": path.name, "commit": None, "sha256": file_sha256(path)}
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights: Mapping[str, Tensor] = content.get(_STATE, content)
     else:

@@ -89,9 +89,14 @@ def encoder_sha256(folder: Path) -> str:
     config = {key: value for key, value in read_json_object(folder / "config.json").items() if key not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
     for path in weight_files(folder):
-        state = path.stat()
-        digest.update(_file_digest(path.resolve(), state.st_size, state.st_mtime_ns))
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The identity of a model that is one file, such as Wuerstchen's image encoder: the bytes of the file."""
+    state = path.stat()
+    return _file_digest(path.resolve(), state.st_size, state.st_mtime_ns).hex()
 
 
 @cache

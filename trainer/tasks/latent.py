@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_shards import ranks
 from data_shards.encoders.check import check_content, check_encoder
+from data_shards.encoders.files import file_sha256
 from data_shards.reading.sample import MicroBatch
 from trainer.config import Kandinsky22DecoderConfig, LatentBaseConfig, LoraAdaptation, RunConfig, WuerstchenPriorConfig
 from trainer.config_latent import LatentDenoisingConfig
@@ -21,7 +22,7 @@ from trainer.latents.class_images import ClassImages
 from trainer.latents.example import example
 from trainer.latents.inputs import Cond, Inputs, build_inputs, drawn_masks, flipped
 from trainer.latents.pictures import Pictures, can_draw
-from trainer.latents.trained import Trained, build_trained, latent_config, latent_objective
+from trainer.latents.trained import LatentConfig, Trained, build_trained, latent_config, latent_objective
 from trainer.masks import latent_mask
 from trainer.models import kandinsky, wuerstchen
 from trainer.models.attention import Kernels, use_attention
@@ -142,10 +143,22 @@ def check_stored(config: RunConfig, data: TrainingData) -> None:
     }
     for extension, (name, part) in parts.items():
         if extension in data.fields:
-            sha256 = find_part(name, part, revision=revision if name == base else None).sha256
+            sha256 = _encoder_sha256(model, name, part, revision=revision if name == base else None)
             for index in data.indexes:
-                check_encoder(index, extension, sha256)
+                if sha256 is not None:
+                    check_encoder(index, extension, sha256)
                 check_content(index, extension, _CONTENTS.get(model.kind, {}).get(extension, {}))
+
+
+def _encoder_sha256(model: LatentConfig, name: str, part: str, *, revision: str | None) -> str | None:
+    """What an encoder of the recipe would note of itself in shards; None for Wuerstchen's image encoder where nothing names it."""
+    if Path(name).is_file():
+        return file_sha256(Path(name))
+    if isinstance(model, WuerstchenPriorConfig) and part == "image_encoder" and model.image_encoder is None:
+        pipeline = find_part(name, "prior", revision=revision).root
+        if not (pipeline / part / "config.json").is_file():
+            return None
+    return find_part(name, part, revision=revision).sha256
 
 
 @final

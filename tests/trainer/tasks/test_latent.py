@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_shards import ranks
 from data_shards.derive.request import EncodeRequest
+from data_shards.encoders.efficient_net import EfficientNetEncoder
 from data_shards.reading.sample import MicroBatch
 from tests.derive_runs import derived
 from tests.trainer.latents.finished_runs import Bases
@@ -234,6 +235,43 @@ def test_shards_of_another_models_encoder_are_refused(encoded: Path, bases: Base
     data = TrainingData.open(config, Path(), fields=needed_fields(config))
     with pytest.raises(ValueError, match=r"its text.npy was made by .*stable_diffusion.* wanted .*halfstep shards encode"):
         check_stored(config, data)
+
+
+def _with_the_compressor(faces: Path, compressor: Path, out: Path) -> Path:
+    """The faces as a Wuerstchen prior learns them, made by an image encoder that is one file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save({"effnet_state_dict": EfficientNetEncoder().state_dict()}, compressor)
+    assert derived(faces, out, EncodeRequest(image_encoder=str(compressor), size=32, batch_size=16, precision="fp32")) == 0
+    return out
+
+
+def test_stored_latents_of_wuerstchen_are_compared_with_the_file_or_folder_that_holds_its_compressor(
+    faces: Path, bases: Bases, tmp_path: Path
+) -> None:
+    """configs/recipes/wuerstchen_prior_cartoon.yaml names a file, and the prior's own folder on the Hub has no image encoder."""
+    compressor = tmp_path / "model_v2_stage_b.pt"
+    shards, whole, bare = _with_the_compressor(faces, compressor, tmp_path / "out"), bases("wuerstchen_prior"), tmp_path / "bare"
+    bare.mkdir()
+    for entry in whole.iterdir():
+        if entry.name != "image_encoder":
+            (bare / entry.name).symlink_to(entry)
+
+    def check(base: Path, image_encoder: Path | None) -> None:
+        model = {"kind": "wuerstchen_prior", "base": str(base), "latents": "stored", "image_encoder": image_encoder and str(image_encoder)}
+        config = recipe(shards, model)
+        check_stored(config, TrainingData.open(config, Path(), fields=("image.npy",)))
+
+    assert (whole / "image_encoder").is_dir()
+    check(bare, compressor)
+    check(whole, compressor)
+    check(bare, None)
+    for base, other in ((whole, None), (bare, whole)):
+        with pytest.raises(ValueError, match=r"its image.npy was made by model_v2_stage_b.pt .* wanted .*; encode them with that model"):
+            check(base, other)
+    compressor.write_bytes(compressor.read_bytes() + b"another")
+    with pytest.raises(ValueError, match=r"its image.npy was made by model_v2_stage_b.pt .* wanted"):
+        check(bare, compressor)
 
 
 def test_shards_without_what_the_model_learns_from_are_refused(base: Path, encoded: Path, faces: Path, tmp_path: Path) -> None:
