@@ -1,11 +1,13 @@
 """Every option means the same on every engine: partly frozen models, precisions, layouts, offloading, hybrid sharding."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import pytest
 
 from tests.distributed.pool import RankPool
+from trainer.tiny_models.make import make_tiny
 
 pytestmark = pytest.mark.distributed
 Pool = Callable[[int], RankPool]
@@ -86,3 +88,10 @@ def test_a_frozen_model_above_the_limit_is_shared_and_computes_the_same(pool: Po
     for answer in pool(2).run("tests.distributed.engine_jobs:use_a_large_frozen_model", {}):
         whole, shared = cast("list[float]", answer)
         assert shared == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_image_encoders_above_the_limit_are_shared_and_a_shared_vae_encodes_and_decodes(pool: Pool, tmp_path: Path, precision: str) -> None:
+    decoder, prior = (str(make_tiny(kind, tmp_path / kind)) for kind in ("kandinsky22_decoder", "kandinsky22_prior"))
+    job = "tests.distributed.encoder_jobs:use_kandinskys_encoders"
+    assert pool(2).run(job, {"decoder": decoder, "prior": prior, "precision": precision}) == [[], []]

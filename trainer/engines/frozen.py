@@ -6,6 +6,9 @@ from torch import nn
 
 from data_shards import ranks
 
+_FURTHER_METHODS = ("encode", "decode")
+"""How an autoencoder is called, beside its forward pass; FSDP2 gathers weights for the forward pass alone."""
+
 
 def place_frozen(module: nn.Module, units: Sequence[nn.Module], *, shard_above_gib: float) -> nn.Module:
     """A frozen model on this rank's device, in evaluation mode; one above `shard_above_gib` is shared among the ranks.
@@ -16,9 +19,12 @@ def place_frozen(module: nn.Module, units: Sequence[nn.Module], *, shard_above_g
     if ranks.world_size() == 1 or size_bytes <= shard_above_gib * 2**30:
         return module
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(ranks.device().type, (ranks.world_size(),))
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for name in _FURTHER_METHODS:
+        if callable(getattr(module, name, None)):
+            register_fsdp_forward_method(module, name)
     return module

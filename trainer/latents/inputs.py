@@ -308,7 +308,9 @@ def _image(config: RunConfig, base: str, *, device: torch.device) -> ImageEncode
             f"{base}: has no image_encoder/, the EfficientNet whose latents the prior learns; fetch its weights with "
             "`hf download dome272/wuerstchen model_v2_stage_b.pt` and set model.image_encoder to that file"
         )
-    return image_encoder(_named(config, base), precision=precision, device=device, holds_bf16=precision == "bf16")
+    image = image_encoder(_named(config, base), precision=precision, device=device, holds_bf16=precision == "bf16")
+    place_frozen(image.module, image.units(), shard_above_gib=config.engine.shard_frozen_above_gib)
+    return image
 
 
 def _named(config: RunConfig, base: str) -> str:
