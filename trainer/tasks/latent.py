@@ -240,13 +240,20 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
         noise = draws.noise.to(x_0.device)
         if objective.offset_noise:
             noise = offset(noise, draws.channel_noise.to(x_0.device), objective.offset_noise)
+        perturbation = _perturbation(objective, latent_draws, x_0)
 
         def denoiser(x_t: Tensor, timestep: Tensor) -> Tensor:
             return network(x_t, timestep, cond)[:, : x_0.shape[1]]  # Kandinsky's decoder puts out a variance, too
 
         if levels is None or alpha_bar is None:
             return continuous_denoising_loss(
-                denoiser, x_0, noise=noise, uniforms=draws.uniforms, loss=objective.loss, min_snr_gamma=objective.min_snr_gamma
+                denoiser,
+                x_0,
+                noise=noise,
+                uniforms=draws.uniforms,
+                loss=objective.loss,
+                min_snr_gamma=objective.min_snr_gamma,
+                input_perturbation=perturbation,
             )
         return denoising_loss(
             denoiser,
@@ -257,7 +264,7 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
             prediction=levels.prediction,
             loss=objective.loss,
             min_snr_gamma=objective.min_snr_gamma,
-            input_perturbation=_perturbation(objective, latent_draws, x_0),
+            input_perturbation=perturbation,
             weight_map=_weight_map(objective, mask),
         )
 

@@ -74,3 +74,19 @@ def test_min_snr_weighs_an_error_in_eps_by_the_smaller_of_one_and_gamma_over_snr
     levels = DDPMWuerstchenScheduler()._alpha_cumprod(TIMES, torch.device("cpu")).double()
     snr = levels / (1 - levels)
     torch.testing.assert_close(found, (snr.clamp(max=5.0) / snr).float(), rtol=2e-3, atol=1e-6)
+
+
+def test_input_perturbation_is_in_what_the_network_sees_and_not_in_the_target() -> None:
+    x_0, noise = draw(4)
+    extra = 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(x_t)
+        return noise
+
+    times = torch.linspace(0.1, 1, 4)
+    found = continuous_denoising_loss(denoiser, x_0, noise=noise, uniforms=times, input_perturbation=extra)
+    stock = DDPMWuerstchenScheduler().add_noise(x_0, noise + extra, times)
+    torch.testing.assert_close(seen[0], stock, rtol=0, atol=2e-6)
+    assert bool((found == 0).all())

@@ -274,6 +274,17 @@ def test_stored_latents_of_wuerstchen_are_compared_with_the_file_or_folder_that_
         check(bare, compressor)
 
 
+def test_wuerstchens_prior_sees_more_noise_where_the_recipe_perturbs_its_input(faces: Path, bases: Bases, tmp_path: Path) -> None:
+    model, seen = {"kind": "wuerstchen_prior", "base": str(bases("wuerstchen_prior"))}, list[Seen]()
+    for strength in (0.0, 0.5):
+        steps = start(recipe(faces, model, objective={"input_perturbation": strength}), tmp_path / str(strength))
+        seen.append(_seen(steps.task.micro_batch(steps.batches(1)[0, 0], 0, 0)))
+    plain, perturbed = seen
+    added = perturbed.x_t - plain.x_t
+    assert torch.equal(plain.timestep, perturbed.timestep) and 0 < float(added.std()) < 0.6
+    assert torch.equal(plain.losses, perturbed.losses), "the target is the noise that was drawn"
+
+
 def test_shards_without_what_the_model_learns_from_are_refused(base: Path, encoded: Path, faces: Path, tmp_path: Path) -> None:
     config = recipe(encoded, {"kind": "stable_diffusion", "base": str(base)})
     with pytest.raises(ValueError, match=r"holds .*latents.npy.* and no images, which this model learns from; give the shards"):
