@@ -208,6 +208,11 @@ class DreamBoothConfig(Section):
             yield Problem(("new_token", "instance_prompt"), f"{text}; put it into the prompt")
         if self.token_from is not None and self.new_token is None:
             yield Problem(("token_from", "new_token"), "there is no new token to start; set dreambooth.new_token")
+        of_classes = ("prior_weight", "class_images", "class_steps", "class_guidance")
+        set_ones = [name for name in of_classes if getattr(self, name) != type(self).model_fields[name].default]
+        if self.class_prompt is None and set_ones:
+            text = "without a prompt of class images there is no prior preservation, so it has no effect"
+            yield Problem((set_ones[0], "class_prompt"), f"{text}; set dreambooth.class_prompt, or leave dreambooth.{set_ones[0]} out")
 
 
 class MasksConfig(Section):

@@ -67,6 +67,9 @@ def _objective_problems(config: "RunConfig", objective: LatentDenoisingConfig) -
     model = config.model
     if objective.inpainting is not None and not isinstance(model, StableDiffusionConfig):
         yield Problem(("objective.inpainting", "model.kind"), f"{model.kind} cannot fill masks; set model.kind=stable_diffusion")
+    if model.kind == "kandinsky22_prior" and objective.offset_noise:
+        text = "an embedding has no height and width to shift as a whole, so that it would only be more noise"
+        yield Problem(("objective.offset_noise", "model.kind"), f"{text}; set objective.offset_noise=0")
     if model.kind == "kandinsky22_decoder" and objective.caption_dropout:
         text = "Kandinsky's decoder is told an image, no caption"
         yield Problem(("objective.caption_dropout", "model.kind"), f"{text}; set objective.caption_dropout=0")

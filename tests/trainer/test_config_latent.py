@@ -86,6 +86,12 @@ def test_a_small_base_has_77_tokens_unless_told_otherwise(tmp_path: Path) -> Non
     assert isinstance(model, LatentBaseConfig) and model.text_tokens == 32 and model.text_width == 128
 
 
+def test_settings_of_class_images_are_free_where_a_frozen_recipe_repeats_their_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, SD + "dreambooth: {instance_prompt: a cartoon}\n")
+    (tmp_path / "frozen.yaml").write_text(dump_yaml(config))
+    assert "prior_weight: 1.0" in dump_yaml(config) and load_recipe(tmp_path / "frozen.yaml") == config
+
+
 CLASSES = SD + "dreambooth: {class_prompt: a cartoon, class_images: 4}\n"
 MISTAKES = {
     "an unknown key": ("model: {kind: stable_diffusion, bases: x}", [], "FILE:3: model.bases: unknown key - did you mean 'model.base'?"),
@@ -154,6 +160,16 @@ MISTAKES = {
     "a start of no token": (
         SD + "dreambooth: {token_from: cartoon}", [],
         "FILE:4: dreambooth.token_from: there is no new token to start; set dreambooth.new_token",
+    ),
+    "a weight of no class images": (
+        SD + "dreambooth: {instance_prompt: a cartoon, prior_weight: 0.5}", [],
+        "FILE:4: dreambooth.prior_weight: without a prompt of class images there is no prior preservation, so it has no effect; "
+        "set dreambooth.class_prompt, or leave dreambooth.prior_weight out",
+    ),
+    "class images of no prompt": (
+        SD + "dreambooth: {instance_prompt: a cartoon}", ["dreambooth.class_guidance=2.0", "dreambooth.class_steps=12"],
+        "command line:2: dreambooth.class_steps: without a prompt of class images there is no prior preservation, so it has no effect; "
+        "set dreambooth.class_prompt, or leave dreambooth.class_steps out",
     ),
     "fewer class images than a step takes": (
         CLASSES, ["data.global_batch_size=8", "data.micro_batch_size=2"],
@@ -229,6 +245,11 @@ MISTAKES = {
     "the last level of continuous noise": (
         "model: {kind: wuerstchen_prior}", ["objective.zero_terminal_snr=true"],
         "command line:1: objective.zero_terminal_snr: Wuerstchen's noise is continuous; set objective.zero_terminal_snr=false",
+    ),
+    "offset noise of embeddings": (
+        "model: {kind: kandinsky22_prior}", ["objective.offset_noise=0.1"],
+        "command line:1: objective.offset_noise: an embedding has no height and width to shift as a whole, so that it would only be more "
+        "noise; set objective.offset_noise=0",
     ),
     "captions of an image decoder": (
         "model: {kind: kandinsky22_decoder}", ["objective.caption_dropout=0.1"],
