@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_shards import ranks
-from data_shards.encoders.files import find_pipeline
+from data_shards.encoders.files import encoder_sha256, find_pipeline
 from data_shards.encoders.precision import autocast
 from data_shards.files import replace_file
 from data_shards.reading.sample import MicroBatch
@@ -27,7 +27,7 @@ from trainer.masks import draw_masks
 from trainer.metrics import Drawn
 from trainer.models.network import Network
 from trainer.prompting.clip_score import ClipScore, mean_scores
-from trainer.prompting.folder import load_pipeline
+from trainer.prompting.folder import load_pipeline, place_parts
 from trainer.prompting.painters import painter
 from trainer.prompting.pictures import Paint, PictureRequest, Tick, draw_on_ranks, no_tick
 from trainer.prompting.sheet import SheetGroup, draw_sheet, masked_input
@@ -57,6 +57,14 @@ def companion_of(config: RunConfig) -> str | None:
 def can_draw(config: RunConfig) -> bool:
     """Whether a recipe says what is needed to turn what its model draws into pixels."""
     return companion_of(config) is not None or not isinstance(config.model, WuerstchenPriorConfig | Kandinsky22PriorConfig)
+
+
+def shared_parts(inputs: Inputs, companion: str) -> dict[str, nn.Module]:
+    """Of the models that encode the data those that the companion's pipeline has, too, by their name there: its files are the same."""
+    folder = find_pipeline(companion) / "image_encoder"
+    if inputs.image is None or not folder.is_dir() or encoder_sha256(folder) != inputs.image.to_json().get("sha256"):
+        return {}
+    return {folder.name: inputs.image.module}
 
 
 def sheet_requests(
@@ -158,23 +166,22 @@ class Pictures:
     @cached_property
     def _paint(self) -> Paint:
         """Stock pipelines around the network, put together once; frozen parts are those that encode the data, where there are any."""
-        device = ranks.device()
+        device, precision = ranks.device(), latent_config(self.config).frozen_precision
+        image = None if self.inputs.image is None else self.inputs.image.module
         parts = Parts(
             text_encoder=TextStandIn() if self.trained.tokenizer is not None else self.inputs.text and self.inputs.text.module,
             text_encoder_2=self.inputs.text_2 and self.inputs.text_2.module,
             tokenizer=self.trained.tokenizer,
             vae=self.inputs.vae and self.inputs.vae.module,
+            image_encoder=image,
         )
-        pipeline = assemble(
-            self.config,
-            stand_in(self.trained, self._predict, device=device, tick=no_tick, unscaled=self.inputs.unscaled),
-            parts,
-            device=device,
-        )
+        network = stand_in(self.trained, self._predict, device=device, tick=no_tick, unscaled=self.inputs.unscaled)
+        pipeline = assemble(self.config, network, parts, device=torch.device("cpu"))
+        place_parts(pipeline, device=device, precision=precision, but=[parts.text_encoder, parts.text_encoder_2, parts.vae, image])
         other = companion_of(self.config)
         if other is None:
             return painter(pipeline)
-        companion = load_pipeline(find_pipeline(other), device=device)
+        companion = load_pipeline(find_pipeline(other), device=device, precision=precision, parts=shared_parts(self.inputs, other))
         is_decoder = isinstance(self.config.model, Kandinsky22DecoderConfig)
         return painter(companion, pipeline) if is_decoder else painter(pipeline, companion)
 

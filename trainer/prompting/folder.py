@@ -11,9 +11,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils.logging import disable_progress_bar
+from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 
+from data_shards.derive.request import Precision
 from data_shards.encoders.files import weight_files
+from data_shards.encoders.precision import hold_in_bf16
 from data_shards.files import read_json_object
 from trainer.models.deprecated import (
     DDPMWuerstchenScheduler,
@@ -69,6 +72,7 @@ _WITHOUT_WEIGHTS = (
 )
 _LEFT_OUT = "safety_checker"
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+_NO_PARTS: Mapping[str, nn.Module] = {}
 _UNCHECKED = {_LEFT_OUT: None, "requires_safety_checker": False}
 
 
@@ -77,21 +81,42 @@ def is_pipeline_folder(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() and read_json_object(folder / "model_index.json").get("_class_name") in PIPELINES
 
 
-def load_pipeline(folder: Path, *, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(
+    folder: Path, *, device: torch.device, precision: Precision = "fp32", parts: Mapping[str, nn.Module] = _NO_PARTS
+) -> DiffusionPipeline:
     """The pipeline as `from_pretrained` gives it, in fp32 and without a safety checker.
 
+    precision: see `place_parts`; parts: models that stand, as they are, for those of these names.
     Nothing is fetched or unpickled, and no code of the folder is run.
     Raises: ValueError if it is no folder of a pipeline in PIPELINES, or a part is missing, unknown or not safetensors."""
     name, components = _checked_index(folder)
     disable_progress_bar()
     try:
         if any(kind in _MOVED for kind in components.values()):
-            return _assembled(folder, name, components).to(device)
-        pipeline = PIPELINES[name].from_pretrained(folder, **_SAFE, **(_UNCHECKED if _LEFT_OUT in components else {}))
+            pipeline = _assembled(folder, name, components)
+        else:
+            pipeline = PIPELINES[name].from_pretrained(folder, **_SAFE, **(_UNCHECKED if _LEFT_OUT in components else {}), **parts)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: not read as {name}: {error}; copy or export the whole pipeline again") from error
     assert isinstance(pipeline, DiffusionPipeline), "from_pretrained gives an object of the class"
-    return pipeline.to(device)
+    place_parts(pipeline, device=device, precision=precision, but=list(parts.values()))
+    return pipeline
+
+
+def place_parts(pipeline: DiffusionPipeline, *, device: torch.device, precision: Precision, but: Sequence[object] = ()) -> None:
+    """Move a pipeline's models to a device, all but those that are named.
+
+    precision: bf16 for weights held as `hold_in_bf16` does: half the memory, and under autocast the same pictures."""
+    for model in pipeline.components.values():
+        if not isinstance(model, nn.Module) or any(model is other for other in but):
+            continue
+        if precision == "bf16":
+            # A pipeline makes its noise in the type of a model's first weight, which therefore stays as it is.
+            first = next(model.parameters())
+            kept = first.data
+            hold_in_bf16(model, precision)
+            first.data = kept
+        model.to(device)
 
 
 def load_with_decoder(
