@@ -1,6 +1,6 @@
 """A latent model's recipe as the input of a plan: the network by its shape, the frozen encoders beside it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from trainer.config import (
 )
 from trainer.latents.example import example
 from trainer.latents.networks import shape_of, shapes_of
+from trainer.latents.pictures import can_draw, companion_of
 from trainer.latents.trained import Trained, build_trained, latent_config
 from trainer.models.from_config import build_empty_model
 from trainer.models.stable_diffusion import is_xl
@@ -45,7 +46,8 @@ def latent_plan(config: RunConfig, common: PlanInput, *, side: int) -> PlanInput
         enable_checkpointing=lambda module: _denoiser(module).checkpoint_activations(),
         shapes=Shapes(tuple(x_t.shape[1:]), {name: tuple(value.shape[1:]) for name, value in cond.items()}),
         frozen=frozen_encoders(config, side=side),
-        variants=_variants(config),
+        drawing=drawing_models(config),
+        variants=_variants(config, side=side),
     )
 
 
@@ -95,24 +97,71 @@ def latent_shape(config: RunConfig, side: int) -> tuple[int, ...]:
 
 def frozen_encoders(config: RunConfig, *, side: int) -> tuple[Frozen, ...]:
     """The frozen models that encode every micro-batch, by name in their pipeline. side: of the images in pixels."""
+    precision, count = latent_config(config).frozen_precision, config.data.micro_batch_size
+    return tuple(_frozen(base, part, precision, side=side, count=count) for base, part in _encoding_parts(config))
+
+
+def drawing_models(config: RunConfig) -> tuple[Frozen, ...]:
+    """The models that only draw pictures while a recipe trains: parts of its own pipeline, and the other one that it draws with."""
+    if not config.logging.sample_every_steps or not can_draw(config):
+        return ()
+    model, companion, encoding = latent_config(config), companion_of(config), _encoding_parts(config)
+    match model:
+        case LatentBaseConfig() | StableDiffusionConfig():
+            own = [(_vae_of(model), "vae"), *_text_parts(config)]
+        case WuerstchenPriorConfig():
+            own = _text_parts(config)
+        case Kandinsky22PriorConfig():
+            own = [*_text_parts(config), (model.base, "image_encoder")]
+        case Kandinsky22DecoderConfig():
+            own = [(model.base, "movq")]
+    precision: DType = model.frozen_precision
+    found = [Frozen(part, _parameters(base, part), precision=precision) for base, part in own if (base, part) not in encoding]
+    if companion is not None:
+        name, parts = _COMPANIONS[model.kind]
+        weights = sum(_parameters(companion, part) for part in parts if (companion, part) not in encoding)
+        found.append(Frozen(f"{name}'s pipeline", weights, precision=precision))
+    return tuple(found)
+
+
+_COMPANIONS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "wuerstchen_prior": ("decoder", ("decoder", "vqgan", "text_encoder")),
+    "kandinsky22_prior": ("decoder", ("unet", "movq")),
+    "kandinsky22_decoder": ("prior", ("prior", "text_encoder", "image_encoder")),
+}
+"""What a model draws together with, and the models of that pipeline, by model.kind."""
+
+
+def _encoding_parts(config: RunConfig) -> list[tuple[str, str]]:
+    """Base and part of the models that encode every micro-batch."""
     model = latent_config(config)
-    wanted: list[tuple[str, str]] = []
+    found: list[tuple[str, str]] = []
     if model.latents == "encode":
         match model:
             case LatentBaseConfig() | StableDiffusionConfig():
-                wanted.append((_vae_of(model), "vae"))
+                found.append((_vae_of(model), "vae"))
             case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
-                wanted.append((model.base, "image_encoder"))
+                found.append((model.base, "image_encoder"))
             case Kandinsky22DecoderConfig():
-                wanted += [(model.base, "movq"), (model.prior, "image_encoder")]
-    trains_text = isinstance(model, StableDiffusionConfig) and (model.train_text_encoder or _new_token(config))
-    if getattr(model, "text", None) == "encode" and not trains_text:
-        assert not isinstance(model, LatentBaseConfig), "it trains its text encoder"
-        wanted.append((model.base, "text_encoder"))
-        if isinstance(model, StableDiffusionConfig) and is_xl(shape_of(model.base, "unet").config):
-            wanted.append((model.base, "text_encoder_2"))
-    precision: DType = model.frozen_precision
-    return tuple(_frozen(base, part, precision, side=side, count=config.data.micro_batch_size) for base, part in wanted)
+                found += [(model.base, "movq"), (model.prior, "image_encoder")]
+    return [*found, *_text_parts(config)] if getattr(model, "text", None) == "encode" else found
+
+
+def _text_parts(config: RunConfig) -> list[tuple[str, str]]:
+    """Base and part of the text encoders that a model is told its captions by, none where they are trained."""
+    model = latent_config(config)
+    if isinstance(model, LatentBaseConfig | Kandinsky22DecoderConfig):
+        return []
+    if not isinstance(model, StableDiffusionConfig):
+        return [(model.base, "text_encoder")]
+    if model.train_text_encoder or _new_token(config):
+        return []
+    second = [(model.base, "text_encoder_2")] if is_xl(shape_of(model.base, "unet").config) else []
+    return [(model.base, "text_encoder"), *second]
+
+
+def _parameters(base: str, part: str) -> int:
+    return sum(parameter.numel() for parameter in build_empty_model(shape_of(base, part)).parameters())
 
 
 def _frozen(base: str, part: str, precision: DType, *, side: int, count: int) -> Frozen:
@@ -158,13 +207,18 @@ def _denoiser(module: nn.Module):
     return Trained(module, None, None).denoiser
 
 
-def _variants(config: RunConfig) -> Mapping[str, Callable[[PlanInput], PlanInput]]:
-    """Ways out that latent models have: an adapter in the stead of all weights, encoders that are not needed in training."""
+def _variants(config: RunConfig, *, side: int) -> Mapping[str, Callable[[PlanInput], PlanInput]]:
+    """Ways out that latent models have: an adapter in the stead of all weights, encoders that are not needed in training, no pictures."""
     model, found = latent_config(config), {}
     if isinstance(config.adaptation, FullAdaptation) and not isinstance(model, LatentBaseConfig):
         lora = config.model_copy(update={"adaptation": LoraAdaptation(rank=_LORA_RANK)})
         found["adaptation.kind=lora"] = lambda plan: replace(plan, build=lambda: build(lora).module)
     inpaints = config.objective.kind == "latent_denoising" and config.objective.inpainting is not None
     if model.latents == "encode" and not inpaints and config.dreambooth is None and not config.data.horizontal_flip:
-        found["model.latents=stored"] = lambda plan: replace(plan, frozen=tuple(one for one in plan.frozen if one.name.startswith("text")))
+        stored = config.model_copy(update={"model": model.model_copy(update={"latents": "stored"})})
+        found["model.latents=stored"] = lambda plan: replace(
+            plan, frozen=frozen_encoders(stored, side=side), drawing=drawing_models(stored) if plan.drawing else ()
+        )
+    if drawing_models(config):
+        found["logging.sample_every_steps=0"] = lambda plan: replace(plan, drawing=())
     return found

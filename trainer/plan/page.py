@@ -40,12 +40,14 @@ def page(plan: Plan, prices: Prices, ways: Sequence[WayOut], *, title: str) -> s
 def _parameters(plan: Plan) -> Iterator[str]:
     work = plan.work
     yield _row("Parameters", f"{_count(work.trained)} trained" + (f", {_count(work.frozen)} frozen" if work.frozen else ""))
-    if len(work.components) > 1 or plan.source.frozen:
+    if len(work.components) > 1 or plan.source.frozen or plan.source.drawing:
         for name, (trained, frozen) in work.components.items():
             parts = [text for number, text in ((trained, "trained"), (frozen, "frozen")) if number]
             yield _row(f"  {name}", ", ".join(f"{_count(trained if word == 'trained' else frozen)} {word}" for word in parts))
         for encoder in plan.source.frozen:
             yield _row(f"  {encoder.name}", f"{_count(encoder.parameters)} frozen beside it, {encoder.precision}")
+        for model in plan.source.drawing:
+            yield _row(f"  {model.name}", f"{_count(model.parameters)} to draw pictures, {model.precision}")
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -57,6 +59,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield _row(f"  {label}", _size(size))
     for name, size in memory.encoders.items():
         yield _row(f"  {name}, frozen", _size(size))
+    for name, size in memory.drawing.items():
+        yield _row(f"  {name}, to draw pictures", _size(size))
     if memory.fullest != "a training step":
         yield f"  The rows are of a training step; more is needed for {memory.fullest}."
     now, other = memory.activations, memory.activations_checkpointed
@@ -160,6 +164,7 @@ def _figures(plan: Plan) -> dict[str, object]:
             "state": dict(memory.state),
             "at_peak": dict(memory.at_peak),
             "encoders": dict(memory.encoders),
+            "drawing": dict(memory.drawing),
             "activations": memory.activations,
             "activations_with_checkpointing": memory.activations_checkpointed,
             "host": memory.host,

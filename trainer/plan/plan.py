@@ -25,6 +25,8 @@ class Memory:
     """What stays from step to step on the device, by kind."""
     encoders: Mapping[str, int]
     """Frozen models beside the trained one."""
+    drawing: Mapping[str, int]
+    """Models that only draw pictures while it trains."""
     at_peak: Mapping[str, int]
     """Live tensors at the fullest moment of a step, by kind, encoders aside."""
     peak: int
@@ -128,20 +130,22 @@ def memory_of(source: PlanInput, work: Work, measured: Measured, *, kept: tuple[
         at_peak[kind] = at_peak.get(kind, 0) - size
         saved += size
     encoders = {frozen.name: _share(source, frozen.size_bytes) for frozen in source.frozen}
-    beside, held = sum(encoders.values()), sum(state.values())
+    drawing = {frozen.name: frozen.size_bytes for frozen in source.drawing}
+    beside, draws, held = sum(encoders.values()), sum(drawing.values()), sum(state.values())
     own_weights = work.trained * _FLOAT_BYTES // (1 if source.engine.kind == "replicated" else source.world_size)
     needs = {
-        "a training step": measured.peak - saved,
-        # The weights come whole; what is made of their shards is made where these are.
+        "a training step": measured.peak - saved + draws,
+        # Nothing has been drawn yet. The weights come whole; what is made of their shards is made where these are.
         "building the engine": measured.build_peak - sum(size for kind, size in offloaded.items() if kind in _MADE_OF_SHARDS),
-        "drawing samples with the averaged weights": held + own_weights,
-        "the frozen encoders": held + max((frozen.work_bytes for frozen in source.frozen), default=0),
+        "drawing samples with the averaged weights": held + own_weights + draws,
+        "the frozen encoders": held + draws + max((frozen.work_bytes for frozen in source.frozen), default=0),
     }
     fullest = max(needs, key=lambda need: needs[need])
     staged = work.trained * _FLOAT_BYTES * (1 + _MOMENTS + source.averages) // source.world_size
     return Memory(
         state={kind: size for kind, size in state.items() if size},
         encoders=encoders,
+        drawing=drawing,
         at_peak={kind: size for kind, size in at_peak.items() if size},
         peak=needs[fullest] + beside,
         fullest=fullest,

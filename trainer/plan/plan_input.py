@@ -66,6 +66,8 @@ class PlanInput:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     frozen: tuple[Frozen, ...] = ()
+    drawing: tuple[Frozen, ...] = ()
+    """What else stays on every rank's device once the run has drawn its first pictures, whole whatever the ranks."""
     steps: int = 1
     """Optimizer steps of the run."""
     keep_checkpoints: int = 2
