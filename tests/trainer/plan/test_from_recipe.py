@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.plan.from_recipe import image_side, kept_checkpoints, plan_input
+from trainer.plan.plan_input import Frozen, PlanInput
 from trainer.plan.work import work_of
+from trainer.tiny_models.make import make_tiny
 
 
 def _recipe(*changes: str) -> RunConfig:
@@ -42,3 +45,37 @@ def test_shards_that_are_not_there_ask_for_the_size_of_their_images(tmp_path: Pa
 )
 def test_checkpoints_on_the_disk_are_those_that_retention_keeps(changes: list[str], kept: int) -> None:
     assert kept_checkpoints(_recipe(*changes)) == kept
+
+
+def test_what_draws_the_pictures_stands_beside_it_unless_it_encodes_the_data(tmp_path: Path) -> None:
+    decoder, prior = (make_tiny(kind, tmp_path / kind) for kind in ("kandinsky22_decoder", "kandinsky22_prior"))
+
+    def plan(*changes: str) -> PlanInput:
+        bases = (f"model.base={decoder}", f"model.prior={prior}")
+        config = load_recipe(recipe_path("kandinsky22_decoder_cartoon_lora-tiny"), [*bases, *changes])
+        return plan_input(config, world_size=1, ranks_per_node=1, on_gpu=False)
+
+    def weights(source: PlanInput) -> dict[str, int]:
+        return {model.name: model.parameters for model in (*source.frozen, *source.drawing)}
+
+    whole = plan()
+    parts = {part: sum(map(_numbers, (prior / part).glob("*.safetensors"))) for part in ("prior", "text_encoder", "image_encoder")}
+    assert [model.name for model in whole.frozen] == ["movq", "image_encoder"]
+    assert whole.drawing == (Frozen("prior's pipeline", parts["prior"] + parts["text_encoder"], precision="bf16"),)
+    assert plan("logging.sample_every_steps=0").drawing == whole.variants["logging.sample_every_steps=0"](whole).drawing == ()
+    stored = plan("model.latents=stored")
+    assert sum(weights(stored).values()) == sum(weights(whole).values())
+    assert weights(whole.variants["model.latents=stored"](whole)) == weights(stored)
+    assert "logging.sample_every_steps=0" not in plan("logging.sample_every_steps=0").variants
+
+
+def test_a_prior_without_a_decoder_draws_nothing(tmp_path: Path) -> None:
+    prior = make_tiny("kandinsky22_prior", tmp_path / "prior")
+    changes = [f"model.base={prior}", "model.decoder=null"]
+    config = load_recipe(recipe_path("kandinsky22_prior_cartoon_lora-tiny"), changes)
+    assert plan_input(config, world_size=1, ranks_per_node=1, on_gpu=False).drawing == ()
+
+
+def _numbers(file: Path) -> int:
+    with safe_open(file, "pt") as tensors:
+        return sum(tensors.get_tensor(name).numel() for name in tensors.keys() if tensors.get_tensor(name).is_floating_point())  # noqa: SIM118

@@ -91,6 +91,10 @@ def test_frozen_encoders_and_offload_change_the_peak_by_their_bytes() -> None:
     moments = before.state["moments"]
     encoder = Frozen("vae", 1_000_000, "bf16")
     assert memory(replace(plan, frozen=(encoder,))).peak == before.peak + 2_000_000
+    # Models that draw are whole on every rank, however large.
+    limited = plan.engine.model_copy(update={"shard_frozen_above_gib": 1e-9})
+    drawing = memory(replace(plan, drawing=(encoder,), engine=limited))
+    assert drawing.peak == before.peak + 2_000_000 and drawing.drawing == {"vae": 2_000_000}
     offloaded = memory(replace(plan, engine=plan.engine.model_copy(update={"cpu_offload": True})))
     assert "moments" not in offloaded.state
     assert offloaded.host - before.host >= moments
