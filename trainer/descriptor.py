@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 Allowed = TypeVar("Allowed")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# A descriptor without them says nothing of them: it is compared by the others.
+_OPTIONAL = ("text_2_sha256",)
 
 
 @final
@@ -83,8 +85,11 @@ class Descriptor:
 
 
 def difference(mine: Mapping[str, object], others: Mapping[str, object]) -> str:
-    """The fields in which two descriptors as JSON differ, as "field: mine != other's", empty where none does."""
-    fields = [field for field in dict.fromkeys((*mine, *others)) if mine.get(field) != others.get(field)]
+    """The fields in which two descriptors as JSON differ, as "field: mine != other's", empty where none does.
+
+    What one of them lacks is different, too, but for XL's text_2_sha256, which not every checkpoint has."""
+    unsaid = {field for field in _OPTIONAL if field not in mine or field not in others}
+    fields = [field for field in dict.fromkeys((*mine, *others)) if field not in unsaid and mine.get(field) != others.get(field)]
     return ", ".join(f"{field}: {_short(mine.get(field))} != {_short(others.get(field))}" for field in fields)
 
 

@@ -67,6 +67,8 @@ class LatentMeaning:
     adapter: str
     """full, or the LoRA's numbers."""
     class_images_sha256: str | None = None
+    text_2_sha256: str | None = None
+    """Of XL's second text encoder."""
 
     def to_json(self) -> dict[str, object]:
         """As a manifest holds it."""
@@ -311,4 +313,5 @@ def _meaning(config: RunConfig, trained: Trained, inputs: Inputs, levels: Levels
         prediction="eps" if levels is None else levels.prediction,
         alpha_bar_sha256=levels and alpha_bar_sha256(levels.alpha_bar),
         adapter=f"lora of rank {adaptation.rank}, alpha {adaptation.alpha or adaptation.rank}" if lora else "full",
+        text_2_sha256=digest(inputs.text_2),
     )

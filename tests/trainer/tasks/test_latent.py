@@ -18,7 +18,9 @@ from tests.derive_runs import derived
 from tests.trainer.latents.finished_runs import Bases
 from tests.trainer.tasks.latent_steps import SIDE, Steps, recipe, start
 from trainer.config import RunConfig
+from trainer.descriptor import difference
 from trainer.draws import draw, draw_latent
+from trainer.latents.base import find_part
 from trainer.latents.inputs import build_inputs
 from trainer.latents.trained import build_trained
 from trainer.prompting.folder import load_pipeline
@@ -164,6 +166,20 @@ def test_weights_of_a_run_start_the_same_whatever_was_drawn_before(base: Path) -
     torch.rand(3)
     second = build_trained(config).module.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_checkpoint_of_xl_remembers_both_text_encoders(lora: Steps, faces: Path, bases: Bases, tmp_path: Path) -> None:
+    base = str(bases("stable_diffusion_xl"))
+    meaning = start(
+        recipe(faces, {"kind": "stable_diffusion", "base": base}, adaptation={"kind": "lora"}), tmp_path
+    ).task.descriptor.to_json()
+    for number, part in (("text_sha256", "text_encoder"), ("text_2_sha256", "text_encoder_2")):
+        assert meaning[number] == find_part(base, part, revision=None).sha256
+    assert lora.task.descriptor.to_json()["text_2_sha256"] is None
+    assert difference({**meaning, "text_2_sha256": "0" * 64}, meaning).startswith("text_2_sha256: ")
+    without = {name: value for name, value in meaning.items() if name != "text_2_sha256"}
+    assert difference(without, meaning) == "", "a checkpoint that does not say so goes on"
+    assert difference({}, meaning) != ""
 
 
 # Inpainting.
