@@ -28,7 +28,7 @@ from trainer.diffusion.posterior import sample_posterior
 from trainer.draws import LatentDraws
 from trainer.engines.frozen import place_frozen
 from trainer.latents.base import find_part
-from trainer.latents.trained import Trained, latent_config, latent_objective
+from trainer.latents.trained import Trained, latent_config, latent_objective, vae_channels
 from trainer.latents.xl import encode_xl
 from trainer.masks import MaskKind, draw_masks, latent_mask
 from trainer.models.deprecated import PriorTransformer
@@ -155,8 +155,9 @@ def _stable_diffusion(
 ) -> Inputs:
     base = model.autoencoder if isinstance(model, LatentBaseConfig) else model.base
     stored = model.latents == "stored"
+    scale, side, channels = _vae_facts(base, config)
+    _check_channels(config, trained, base, channels)
     vae = None if stored else _vae(config, base, device=device)
-    scale, side = _vae_facts(base, config)
     text, text_2, prompts = None, None, None
     xl = is_xl(trained.network.config)
     layer = "penultimate" if xl else "last"
@@ -184,16 +185,28 @@ def _stable_diffusion(
             cond |= {"mask": latent_mask(masks, side), "masked_latents": sample_posterior(moments, noise) * scale}
         return x_0, cond
 
-    return Inputs(needed_fields(config), 4, side, "latents.npy", True, encode, vae=vae, text=text, text_2=text_2)
+    return Inputs(needed_fields(config), channels, side, "latents.npy", True, encode, vae=vae, text=text, text_2=text_2)
 
 
-def _vae_facts(base: str, config: RunConfig) -> tuple[float, int]:
-    """A VAE's scaling factor, and the side of a latent cell in pixels."""
+def _vae_facts(base: str, config: RunConfig) -> tuple[float, int, int]:
+    """A VAE's scaling factor, the side of a latent cell in pixels, and a latent's channels."""
     found = read_json_object(find_part(base, "vae", revision=getattr(config.model, "revision", None)).folder / "config.json")
     widths = found.get("block_out_channels")
     assert isinstance(widths, list), "an AutoencoderKL has levels"
     scale = found.get("scaling_factor")
-    return (float(scale) if isinstance(scale, int | float) else 0.18215), 2 ** (len(widths) - 1)
+    return (float(scale) if isinstance(scale, int | float) else 0.18215), 2 ** (len(widths) - 1), vae_channels(found)
+
+
+def _check_channels(config: RunConfig, trained: Trained, base: str, channels: int) -> None:
+    """Raises: ValueError if the U-Net does not take and give this VAE's latents."""
+    unet = trained.network.config
+    inpaints = latent_objective(config).inpainting is not None
+    wanted = {"in_channels": 2 * channels + 1 if inpaints else channels, "out_channels": channels}
+    for name, number in wanted.items():
+        if unet[name] != number:
+            what = f"{base}: its VAE makes latents of {channels} channels, of which the U-Net wants {name}={number}"
+            mend = "give a pipeline in model.base whose unet/ and vae/ were trained together"
+            raise ValueError(f"{what}{' to inpaint' if inpaints else ''}, and has {unet[name]}; {mend}")
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, *, device: torch.device) -> Callable[[MicroBatch, Tensor], Cond]:

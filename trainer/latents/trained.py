@@ -1,6 +1,6 @@
 """What a recipe trains of a base: the network, adapted as the recipe says, and which of its weights learn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, final
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from data_shards.encoders.files import ModelFiles
+from data_shards.files import read_json_object
 from trainer.adapters.lora import ADDED_ATTENTION_TARGETS, ATTENTION_TARGETS, CLIP_TEXT_TARGETS, add_lora
 from trainer.adapters.tokens import ExtendedEmbedding, add_token
 from trainer.architectures import read_architecture
@@ -26,7 +27,8 @@ from trainer.config import (
 )
 from trainer.config_latent import LatentDenoisingConfig
 from trainer.engines.precision import lower_type
-from trainer.latents.networks import Networks, networks_of
+from trainer.latents.base import find_part
+from trainer.latents.networks import Networks, networks_of, shape_of
 from trainer.models.deprecated import PriorTransformer, WuerstchenPrior
 from trainer.models.inpainting import INPAINTING_CHANNELS, widen
 from trainer.models.kandinsky import KandinskyDecoderDenoiser, KandinskyPriorDenoiser
@@ -38,6 +40,8 @@ from trainer.tiny_models.vocabulary import WORDS, build_tokenizer
 Model = TypeVar("Model", bound=nn.Module)
 BaseConfig = StableDiffusionConfig | WuerstchenPriorConfig | Kandinsky22PriorConfig | Kandinsky22DecoderConfig
 LatentConfig = LatentBaseConfig | BaseConfig
+_LATENT_CHANNELS = 4
+"""Of an AutoencoderKL whose config does not say."""
 
 
 class LatentDenoiser(Protocol):
@@ -88,11 +92,13 @@ _DENOISERS = (StableDiffusionDenoiser, WuerstchenPriorDenoiser, KandinskyPriorDe
 def build_trained(config: RunConfig, networks: Networks | None = None) -> Trained:
     """The network that a latent model's recipe trains, with the weights that it starts with; the same on every rank.
 
-    networks: where the base's parts come from; None for the base itself.
+    networks: where the base's parts come from; None for the base itself. A model from scratch has none: any says that shapes are enough.
     Raises: ValueError if the base is not there, or does not fit the recipe."""
     model = latent_config(config)
     if isinstance(model, LatentBaseConfig):
-        trained = _latent_base(config, model)
+        files = None if networks else find_part(model.autoencoder, "vae", revision=None)
+        vae = shape_of(model.autoencoder, "vae").config if files is None else read_json_object(files.folder / "config.json")
+        trained = _latent_base(config, model, vae_channels(vae))
     else:
         trained = _adapted_base(config, model, networks or networks_of(model.base, model.revision))
     _hold_frozen(trained.module, config.engine.precision)
@@ -215,13 +221,21 @@ def _words(config: RunConfig) -> str:
     return dreambooth.class_prompt or beside or "a"
 
 
-def _latent_base(config: RunConfig, model: LatentBaseConfig) -> Trained:
+def vae_channels(config: Mapping[str, object]) -> int:
+    """Channels of a VAE's latents, of its config. Raises: ValueError if it is none."""
+    channels = config.get("latent_channels", _LATENT_CHANNELS)
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"the VAE's config.json says latent_channels={channels!r:.40}, wanted a number from 1; save the VAE again")
+    return channels
+
+
+def _latent_base(config: RunConfig, model: LatentBaseConfig, channels: int) -> Trained:
     seed_weights(config.seed)
     tokenizer = small_tokenizer(model.text_tokens)
     names = {True: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
     unet = UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=model.channels,  # pyright: ignore[reportArgumentType] (any number of levels)
         layers_per_block=model.layers_per_block,
         down_block_types=tuple(names[attends][0] for attends in model.attention),  # pyright: ignore[reportArgumentType]

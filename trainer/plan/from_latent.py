@@ -21,7 +21,7 @@ from trainer.config import (
 from trainer.latents.example import example
 from trainer.latents.networks import shape_of, shapes_of
 from trainer.latents.pictures import can_draw, companion_of
-from trainer.latents.trained import Trained, build_trained, latent_config
+from trainer.latents.trained import Trained, build_trained, latent_config, vae_channels
 from trainer.models.from_config import build_empty_model
 from trainer.models.stable_diffusion import is_xl
 from trainer.plan.live_bytes import LiveBytes
@@ -56,7 +56,7 @@ def build(config: RunConfig) -> Trained:
     model = latent_config(config)
     # On plain meta tensors: peft moves what it adds from device to device, which fake ones do not bear.
     with unset_fake_temporarily(), torch.device("meta"):
-        trained = build_trained(config, None if isinstance(model, LatentBaseConfig) else shapes_of(model.base))
+        trained = build_trained(config, shapes_of(model.autoencoder if isinstance(model, LatentBaseConfig) else model.base))
     if torch.get_default_device().type != "meta":
         _fill(trained.module)
     return trained
@@ -87,9 +87,10 @@ def latent_shape(config: RunConfig, side: int) -> tuple[int, ...]:
         case Kandinsky22DecoderConfig():
             channels, cell = 4, _KANDINSKY_CELL
         case LatentBaseConfig() | StableDiffusionConfig() as model:
-            levels = shape_of(_vae_of(model), "vae").config["block_out_channels"]
+            vae = shape_of(_vae_of(model), "vae").config
+            levels = vae["block_out_channels"]
             assert isinstance(levels, list | tuple), "an AutoencoderKL has levels"
-            channels, cell = 4, 2 ** (len(levels) - 1)
+            channels, cell = vae_channels(vae), 2 ** (len(levels) - 1)
     if side % cell:
         raise ValueError(f"images of {side} pixels have no whole cells of {cell}; set data.image_size to a multiple")
     return (channels, side // cell, side // cell)
