@@ -35,6 +35,14 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def to_device(tensor: Tensor) -> Tensor:
+    """The tensor on this rank's device: on the CPU itself; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    target = device()
+    if tensor.device.type != "cpu" or target.type != "cuda":
+        return tensor.to(target)
+    return tensor.pin_memory().to(target, non_blocking=True)
+
+
 def init_process_group(*, timeout_seconds: float) -> None:
     """Join the ranks named by torch's standard variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 

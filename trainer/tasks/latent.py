@@ -178,7 +178,7 @@ class _Part:
 
 def _prepared(config: RunConfig, inputs: Inputs, batch: MicroBatch, step: int, index: int, *, number: int) -> _Part:
     """A micro-batch of data set `number`, 1 being class images, on this rank's device."""
-    objective, device = latent_objective(config), ranks.device()
+    objective = latent_objective(config)
     seed = config.seed if number == 0 else derive_seed(config.seed, "class")
     shape = inputs.shape(batch)
     draws = draw(seed, step, index, shape=shape, micro_batches=config.micro_batches, stratified=objective.stratified)
@@ -195,14 +195,13 @@ def _prepared(config: RunConfig, inputs: Inputs, batch: MicroBatch, step: int, i
     side = batch.images.shape[-1] // shape[-1] if batch.images.numel() else 1
     masks = drawn_masks(config, batch, step, side=side)
     if batch.images.numel():
-        batch = replace(batch, images=batch.images.to(device, non_blocking=True))
+        batch = replace(batch, images=ranks.to_device(batch.images))
         if config.data.horizontal_flip:
-            flips = draws.flips.to(device)
-            batch = replace(batch, images=flipped(batch.images, flips))
+            batch = replace(batch, images=flipped(batch.images, ranks.to_device(draws.flips)))
             if masks is not None:
                 masks = flipped(masks, draws.flips)
     x_0, cond = inputs.encode(batch, latent_draws, masks)
-    return _Part(x_0.float(), cond, draws, latent_draws, None if masks is None else latent_mask(masks, side).to(device))
+    return _Part(x_0.float(), cond, draws, latent_draws, None if masks is None else ranks.to_device(latent_mask(masks, side)))
 
 
 def _prompts(config: RunConfig, batch: MicroBatch, *, number: int) -> tuple[str | None, ...]:
@@ -239,10 +238,10 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
     alpha_bar = None if levels is None else levels.alpha_bar.to(ranks.device())
 
     def loss(network: Network, x_0: Tensor, cond: Cond, draws: Draws, latent_draws: LatentDraws, mask: Tensor | None) -> Tensor:
-        noise = draws.noise.to(x_0.device)
+        noise, uniforms = ranks.to_device(draws.noise), ranks.to_device(draws.uniforms)
         if objective.offset_noise:
-            noise = offset(noise, draws.channel_noise.to(x_0.device), objective.offset_noise)
-        perturbation = _perturbation(objective, latent_draws, x_0)
+            noise = offset(noise, ranks.to_device(draws.channel_noise), objective.offset_noise)
+        perturbation = _perturbation(objective, latent_draws)
 
         def denoiser(x_t: Tensor, timestep: Tensor) -> Tensor:
             return network(x_t, timestep, cond)[:, : x_0.shape[1]]  # Kandinsky's decoder puts out a variance, too
@@ -252,7 +251,7 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
                 denoiser,
                 x_0,
                 noise=noise,
-                uniforms=draws.uniforms,
+                uniforms=uniforms,
                 loss=objective.loss,
                 min_snr_gamma=objective.min_snr_gamma,
                 input_perturbation=perturbation,
@@ -261,7 +260,7 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
             denoiser,
             x_0,
             noise=noise,
-            uniforms=draws.uniforms,
+            uniforms=uniforms,
             alpha_bar=alpha_bar,
             prediction=levels.prediction,
             loss=objective.loss,
@@ -273,8 +272,8 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
     return loss
 
 
-def _perturbation(objective: LatentDenoisingConfig, draws: LatentDraws, x_0: Tensor) -> Tensor | None:
-    return None if draws.perturbation is None else objective.input_perturbation * draws.perturbation.to(x_0.device)
+def _perturbation(objective: LatentDenoisingConfig, draws: LatentDraws) -> Tensor | None:
+    return None if draws.perturbation is None else objective.input_perturbation * ranks.to_device(draws.perturbation)
 
 
 def _weight_map(objective: LatentDenoisingConfig, mask: Tensor | None) -> Tensor | None:
