@@ -1,5 +1,6 @@
 """Latent models: a base fine-tuned, or a small one trained from scratch, in the latents of a frozen autoencoder."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from trainer.objectives.inpainting import mask_weight
 from trainer.rng import derive_seed
 from trainer.tasks.task import Task, Work
 from trainer.training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 # A backward pass is two forwards' worth of operations.
 _TRAINED_FORWARDS = 3
@@ -93,6 +96,8 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
     pictures = Pictures(config, run_dir, trained, inputs, image_size=data.image_size, examples=data.examples)
     check_stored(config, data)
 
+    if not can_draw(config) and config.logging.sample_every_steps and ranks.is_rank_0():
+        logger.warning("no pictures are drawn while this prior trains: model.decoder names no decoder; give its folder or Hub id")
     with autocast(config.engine.precision):
         forward = flops_of(module, lambda: example(config, trained, shape))
 
