@@ -340,7 +340,7 @@ class EngineConfig(Section):
     cpu_offload: bool = False
     """Keep fsdp's or DeepSpeed's optimizer shards in the hosts' memory: a larger model on a GPU, slower steps."""
     shard_frozen_above_gib: Positive = 2.0
-    """Frozen side models (teacher, VAE, text encoder) above this size are shared among the ranks; smaller ones are on each."""
+    """Frozen side models (teacher, VAE, text or image encoder) above this size are shared among the ranks; smaller ones are on each."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of activations; weights, gradients and losses stay fp32. fp16 scales the loss by a factor that adapts itself."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"

@@ -95,3 +95,9 @@ def test_image_encoders_above_the_limit_are_shared_and_a_shared_vae_encodes_and_
     decoder, prior = (str(make_tiny(kind, tmp_path / kind)) for kind in ("kandinsky22_decoder", "kandinsky22_prior"))
     job = "tests.distributed.encoder_jobs:use_kandinskys_encoders"
     assert pool(2).run(job, {"decoder": decoder, "prior": prior, "precision": precision}) == [[], []]
+
+
+def test_shared_encoders_draw_the_same_pictures(pool: Pool, tmp_path: Path) -> None:
+    decoder, prior = (str(make_tiny(kind, tmp_path / kind)) for kind in ("kandinsky22_decoder", "kandinsky22_prior"))
+    job = "tests.distributed.encoder_jobs:draw_with_kandinskys_encoders"
+    assert pool(2).run(job, {"decoder": decoder, "prior": prior, "run_dir": str(tmp_path)}) == [True, True]

@@ -1,4 +1,4 @@
-"""Frozen side models (teacher, VAE, text encoder): whole on every rank, or shared among the ranks where they are large."""
+"""Frozen side models (teacher, VAE, text or image encoder): whole on every rank, or shared among the ranks where they are large."""
 
 from collections.abc import Sequence
 
