@@ -69,8 +69,9 @@ def _attempt(job: Job, cluster: ClusterConfig, signals: "_ForwardedSignals", *, 
     failed = [(rank, code) for rank, code in codes if code != DONE]
     if not failed:
         return DONE
-    # A rank that lost its peers (70) or stopped as asked (75) is not what went wrong, if another one is.
-    rank, code = next(((rank, code) for rank, code in failed if code not in (PEER_LOST, CALL_AGAIN)), failed[0])
+    # A rank that lost its peers (70) or stopped as asked (75) is not what went wrong, if another one is; what all refuse, rank 0 has said.
+    causes = [(rank, code) for rank, code in failed if code not in (PEER_LOST, CALL_AGAIN)]
+    rank, code = (0, BAD_INPUT) if (0, BAD_INPUT) in causes else (causes or failed)[0]
     worker_code = code if code in _EXIT_CODES else PEER_LOST if code < 0 else CRASH
     if run_dir:
         _explain(run_dir, rank, code, worker_code)
@@ -213,8 +214,8 @@ class _ForwardedSignals:
 
 def _explain(run_dir: Path, rank: int, code: int, worker_code: int) -> None:
     """Put the cause into exit.json, where the rank could not, and on the terminal: which rank, why, and where the logs are."""
-    if worker_code == CALL_AGAIN:
-        return
+    if worker_code == CALL_AGAIN or (rank == 0 and code == BAD_INPUT):
+        return  # as asked; or it has said so itself
     if code < 0:
         reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
         reason += " (by the kernel, if memory ran out: see dmesg)" if -code == signal.SIGKILL else ""

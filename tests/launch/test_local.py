@@ -31,6 +31,12 @@ def test_a_run_without_a_recipe_leaves_its_reason(tmp_path: Path) -> None:
     assert record["code"] == 64 and "recipe.yaml" in record["reason"]
 
 
+def test_what_all_ranks_refuse_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_job(Job("train", tmp_path, {}), LocalCluster(), ranks=2, run_dir=tmp_path) == 64
+    told = capfd.readouterr().err
+    assert told.count("sees no run there") == 1 and "logs of all ranks" not in told
+
+
 def test_two_commands_never_share_a_run(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert is_locked(tmp_path)
@@ -61,6 +67,11 @@ def _explained(run_dir: Path, rank: int, code: int, worker_code: int, capsys: py
     _explain(run_dir, rank, code, worker_code)
     record = run_dir / "exit.json"
     return json.loads(record.read_text()) if record.exists() else {}, capsys.readouterr().err
+
+
+def test_bad_input_that_rank_0_has_told_is_not_told_again_by_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "exit.json").write_text(json.dumps({"code": 64, "reason": "ValueError: no such target", "rank": 1}))
+    assert _explained(tmp_path, 0, 64, 64, capsys)[1] == ""
 
 
 def test_a_killed_rank_is_named_first_then_where_the_logs_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
