@@ -7,7 +7,7 @@ import time
 
 from trainer.stop import StopRequest
 
-_IMPORTS = "import hashlib, os, signal, sys, threading, time\nfrom trainer.stop import STOP_SIGNALS, StopRequest\n"
+_IMPORTS = "import ctypes, os, signal, sys, threading, time\nfrom trainer.stop import STOP_SIGNALS, StopRequest\n"
 
 
 def _python(code: str) -> str:
@@ -27,19 +27,26 @@ def _wait_for_reason(stop: StopRequest) -> str:
 def test_each_signal_is_noticed_while_the_main_thread_is_inside_c() -> None:
     noticed = _python(
         """
-inside, noticed = True, []
-def look(stop, number):
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # all zero: PTHREAD_MUTEX_INITIALIZER
+noticed = []
+def look(stop, number, held):
+    libc.pthread_mutex_lock(mutex)
+    held.set()
+    time.sleep(0.05)  # by now the main thread waits for the mutex, which no signal interrupts
     os.kill(os.getpid(), number)
-    while not stop.reason and inside:
+    deadline = time.monotonic() + 10
+    while not stop.reason and time.monotonic() < deadline:
         time.sleep(0.001)
-    noticed.append(stop.reason if inside else "too late")
+    noticed.append(stop.reason or "too late")
+    libc.pthread_mutex_unlock(mutex)
 for number in STOP_SIGNALS:
-    stop, inside = StopRequest(), True
+    stop, held = StopRequest(), threading.Event()
     stop.install()
-    thread = threading.Thread(target=look, args=(stop, number))
+    thread = threading.Thread(target=look, args=(stop, number, held))
     thread.start()
-    hashlib.pbkdf2_hmac("sha256", b"without", b"the interpreter's lock", 1_000_000)
-    inside = False
+    held.wait()
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_unlock(mutex)
     thread.join()
 print(*noticed)
 """
