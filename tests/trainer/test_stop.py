@@ -7,7 +7,10 @@ import time
 
 from trainer.stop import StopRequest
 
-_IMPORTS = "import ctypes, os, signal, sys, threading, time\nfrom trainer.stop import STOP_SIGNALS, StopRequest\n"
+_IMPORTS = """import ctypes, os, signal, sys, threading, time
+from trainer.stop import STOP_SIGNALS, StopRequest
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+"""
 
 
 def _python(code: str) -> str:
