@@ -53,8 +53,8 @@ TOLD: Mapping[str, tuple[str, ...]] = {"latent_base": ("new", "class", "old"), "
 CLAIMS: Mapping[str, tuple[str, float]] = {
     "lora_distance_to_new_style_of_base": ("at most", 0.4),
     "dreambooth_distance_to_old_style_of_lora": ("at most", 0.5),
-    "inpainting_error_inside_of_blending_base": ("at most", 1.0),
-    "inpainting_error_inside_of_widened_base": ("at most", 0.75),
+    "inpainting_error_inside_of_blending_base": ("at most", 0.9),
+    "inpainting_error_inside_of_widened_base": ("at most", 0.7),
     "inpainting_error_outside_of_round_trip": ("at most", 1.25),
 }
 """Bounds of the ratios that are stated; `X_of_Y`: X divided by Y."""
