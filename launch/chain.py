@@ -14,8 +14,10 @@ from trainer.config import (
     DenoisingConfig,
     DistillConfig,
     EmaConfig,
+    ModelConfig,
     ProgressiveDistillationConfig,
     RunConfig,
+    TinyUNetConfig,
     pixel_objective,
     student_counts,
 )
@@ -34,13 +36,14 @@ def with_teacher(config: RunConfig, teacher: Path) -> RunConfig:
     recipe = load_recipe(teacher / "recipe.yaml", ())
     if not isinstance(recipe.objective, DenoisingConfig):
         raise ValueError(f"distill.teacher={teacher}: is a student already; give the teacher that its chain began with")
-    for section in ("model", "noise_schedule"):
-        if section in config.model_fields_set and getattr(config, section) != getattr(recipe, section):
+    taken = {"model": _begun(recipe.model), "noise_schedule": recipe.noise_schedule}
+    for section, its in taken.items():
+        if section in config.model_fields_set and getattr(config, section) != its:
             raise ValueError(
-                f"{section} is {getattr(config, section)}, but the teacher {teacher} was trained with {getattr(recipe, section)}; "
+                f"{section} is {getattr(config, section)}, but the teacher {teacher} was trained with {its}; "
                 f"leave {section} out of the recipe to take the teacher's"
             )
-    merged = config.model_copy(update={"model": recipe.model, "noise_schedule": recipe.noise_schedule, "objective": recipe.objective})
+    merged = config.model_copy(update={**taken, "objective": recipe.objective})
     merged.check()
     return merged
 
@@ -95,6 +98,7 @@ def student_config(config: RunConfig, distill: DistillConfig, *, number: int, te
     return config.model_copy(
         update={
             "seed": stage_seed(config.seed, number),
+            "model": _begun(config.model),
             "data": config.data.model_copy(update={"global_batch_size": batch}),
             "objective": objective,
             "optim": config.optim.model_copy(update={"learning_rate": _of_stage(distill.learning_rate, number)}),
@@ -115,6 +119,11 @@ def _stage_config(config: RunConfig, run_dir: Path, shards: Sequence[Path]) -> R
     """The recipe as a stage's folder freezes it: no chain in it, its data as seen from there."""
     config = with_data(config, shards, run_dir=run_dir, root=run_dir.parent)
     return config.model_copy(update={"distill": None, "data": config.data.model_copy(update={"faces": None})})
+
+
+def _begun(model: ModelConfig) -> ModelConfig:
+    """The model section of a student, which begins with its teacher's weights and no others."""
+    return model.model_copy(update={"start": None}) if isinstance(model, TinyUNetConfig) else model
 
 
 def _of_stage(values: _Number | Sequence[_Number], number: int) -> _Number:

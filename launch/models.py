@@ -25,6 +25,9 @@ def with_models(config: RunConfig, run_dir: Path) -> RunConfig:
     base = update.get("base")
     if isinstance(base, str) and not os.path.isabs(base):
         update["revision"] = _revision(config, base, run_dir)
+    start = getattr(config.model, "start", None)
+    if isinstance(start, str):
+        update["start"] = _finished(start)
     if update:
         config = config.model_copy(update={"model": config.model.model_copy(update=update)})
     clip = config.validation.clip
@@ -32,6 +35,13 @@ def with_models(config: RunConfig, run_dir: Path) -> RunConfig:
         placed = _placed("validation.clip", clip)
         config = config.model_copy(update={"validation": config.validation.model_copy(update={"clip": placed})})
     return config
+
+
+def _finished(start: str) -> str:
+    """A run's or export's folder by its absolute path."""
+    if not (Path(start) / "recipe.yaml").is_file() or (Path(start) / "chain.json").exists():
+        raise ValueError(f"model.start={start}: wanted the folder of one run or export, with its recipe.yaml; train that one first")
+    return os.path.abspath(start)
 
 
 def _placed(key: str, text: str) -> str:

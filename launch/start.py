@@ -136,6 +136,7 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
+        config = with_models(config, folder)
         shards = data_folders(config, folder / "shards")
         freeze_chain(folder, config, distill, shards=shards)
         write_surroundings(folder, machines)

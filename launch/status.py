@@ -44,6 +44,8 @@ class Status:
     """Of every job that was queued for it, oldest first."""
     why_it_waits: str | None
     """Of a queued job, in the queue's own words."""
+    data_role: str | None = None
+    """What its images are to a fine-tuned teacher (data.role)."""
 
 
 def print_status(path: Path, *, as_json: bool) -> int:
@@ -86,7 +88,8 @@ def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -
         return _derive_status(run_dir, job)
     if not (run_dir / "recipe.yaml").exists():
         raise ValueError(f"{run_dir}: no recipe.yaml there; wanted a RUN_DIR or a chain's directory")
-    total = load_recipe(run_dir / "recipe.yaml", []).train.steps
+    recipe = load_recipe(run_dir / "recipe.yaml", [])
+    total = recipe.train.steps
     last = _last_line(run_dir / "metrics.jsonl")
     # a step whose numbers were bad has no line: where it was the last one, the checkpoint knows better
     logged = _number(last, "step")
@@ -110,6 +113,7 @@ def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -
         nodes=tuple(map(str, hosts)) if isinstance(hosts := attempt.get("hosts"), list) else (),
         job_ids=_job_ids([*submissions(run_dir), *([job.submission] if job else [])]),
         why_it_waits=job.why or None if job and job.state in ("queued", "held") else None,
+        data_role=recipe.data.role,
     )
 
 
@@ -201,6 +205,8 @@ def _job_ids(jobs: Sequence[Submission]) -> tuple[str, ...]:
 
 def _line(status: Status) -> str:
     parts = [f"{status.run_dir}: {status.state}, step {status.step}/{status.total_steps}"]
+    if status.data_role:
+        parts.append(f"data: {status.data_role.replace('_', ' ')}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}, {status.images_per_second:.0f} images/s")
     if status.remaining_seconds is not None:

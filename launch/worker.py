@@ -34,10 +34,11 @@ _JOBS = {
     "import": "trainer.import_checkpoint:import_job",
     "caption": "data_shards.derive.caption:caption_job",
     "encode": "data_shards.derive.encode:encode_job",
+    "draw": "trainer.draw_shards:draw_job",
 }
 # Libraries of frozen models draw bars and print advice once a rank, into which our own lines would vanish.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-_RUNS = ("train", "distill", "caption", "encode")
+_RUNS = ("train", "distill", "caption", "encode", "draw")
 _LATER_SECONDS = 30.0
 """By which collectives give up after the watch, which can name the rank at fault."""
 

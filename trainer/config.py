@@ -156,6 +156,8 @@ _NOT_IDENTITY = (
     "data.cache",
     "data.on_bad_sample",
     "model.base",
+    "model.start",
+    "data.role",
     "model.revision",
     "model.autoencoder",
     "model.image_encoder",

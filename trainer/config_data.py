@@ -10,6 +10,8 @@ from pydantic import Field
 from data_shards.config import CC0, FACE_STYLES
 from trainer.config_sections import Count, CountOrZero, Positive, Problem, Section
 
+DataRole = Literal["source", "finetune", "mixture", "teacher_samples"]
+
 
 class FacesConfig(Section):
     """Embedded source of cartoon faces, packed into RUN_DIR/shards."""
@@ -72,6 +74,8 @@ class DataConfig(Section):
     """Several data sets in the stead of data.shards, mixed evenly, each with its weight."""
     faces: FacesConfig | None = None
     """Faces to pack into the run's own directory when there are no other shards."""
+    role: DataRole | None = None
+    """What the images are to a fine-tuned teacher: those of its source, of its fine-tuning, a mixture of both, or its own samples."""
     image_size: Count | None = None
     """Side in pixels that images are brought to when they are read, the longer side cut off evenly; null: as they are stored."""
     aspect_buckets: AspectBucketsConfig | None = None
@@ -99,6 +103,10 @@ class DataConfig(Section):
         given = [name for name, value in (("shards", self.shards), ("mixture", self.mixture)) if value]
         if len(given) > 1:
             yield Problem(("mixture", "shards"), "data.shards and data.mixture are both given; keep one of them")
+        if self.role == "mixture" and not self.mixture:
+            yield Problem(
+                ("role", "mixture"), "data.role=mixture, but data.mixture is empty; list the source's shards and the fine-tuning's"
+            )
         weighted = [source.weight is not None for source in self.mixture]
         if any(weighted) and not all(weighted):
             text = f"{sum(weighted)} of {len(weighted)} data sets have a weight; give one to each, or to none for as many as there are"

@@ -64,13 +64,15 @@ class TinyUNetConfig(Section):
     layers_per_block: Count = 1
     """Residual blocks per level on the way down; one more on the way up."""
     attention: Flags = (False, False, True, True)
-    """Self-attention on or off, one flag per level."""
+    """Self-attention on or off, one flag per level; the middle attends where any level does. All off: convolutions alone."""
     attention_heads: Count = 4
     """Heads at the widest level with attention; the width of a head there is used at every level."""
     norm_groups: Count = 8
     """Groups of every group norm; divides every width."""
     dropout: Fraction = 0.0
     """Probability in [0, 1) of dropping an activation."""
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """RUN_DIR or export of the same network whose EMA weights are the first ones, to be fine-tuned; null: random weights."""
 
     def problems(self) -> Iterator[Problem]:
         off = [width for width in self.channels if width % self.norm_groups]

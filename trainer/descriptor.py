@@ -43,6 +43,8 @@ class Descriptor:
     """Pixels a side."""
     channels: int
     """Of an image."""
+    start_sha256: str | None = None
+    """Of the EMA weights that fine-tuning began with; None for a student, and for a model that began with random ones."""
 
     def to_json(self) -> dict[str, object]:
         """The fields as descriptor.json and checkpoint manifests hold them."""
@@ -58,6 +60,7 @@ class Descriptor:
             "teacher_sha256": self.teacher_sha256,
             "image_size": self.image_size,
             "channels": self.channels,
+            **({} if self.start_sha256 is None else {"start_sha256": self.start_sha256}),
         }
 
     @staticmethod
@@ -81,6 +84,7 @@ class Descriptor:
             teacher_sha256=None if fields.get("teacher_sha256") is None else fields.sha256("teacher_sha256"),
             image_size=fields.positive_integer("image_size"),
             channels=fields.positive_integer("channels"),
+            start_sha256=None if value.get("start_sha256") is None else fields.sha256("start_sha256"),
         )
 
 

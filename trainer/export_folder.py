@@ -96,7 +96,7 @@ def portable_recipe(recipe: RunConfig) -> RunConfig:
             "mixture": tuple(source.model_copy(update={"shards": Path(source.shards).name}) for source in recipe.data.mixture),
         }
     )
-    local = ("base", "autoencoder", "image_encoder", "decoder", "prior")
+    local = ("base", "autoencoder", "image_encoder", "decoder", "prior", "start")
     names = {name: public_name(value) for name in local if isinstance(value := getattr(recipe.model, name, None), str)}
     clip = recipe.validation.clip
     recipe = recipe.model_copy(

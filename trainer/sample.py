@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -166,8 +167,11 @@ def draw_share(
     sampler: Sampler | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     device: torch.device,
+    on_step: Callable[[int], None] | None = None,
 ) -> UInt8[Tensor, "b h w c"]:
-    """The images of `indices`, as draw_images draws them, from a network in evaluation mode on `device`."""
+    """The images of `indices`, as draw_images draws them, from a network in evaluation mode on `device`.
+
+    on_step: told of each batch how many steps are done."""
     descriptor = levels.descriptor
     grid = sampling_grid(levels.alpha_bar, sampling_timesteps(descriptor, steps))
     shape = (descriptor.channels, descriptor.image_size, descriptor.image_size)
@@ -184,6 +188,7 @@ def draw_share(
                 variance=descriptor.variance,
                 clip=descriptor.clip,
                 generators=generators,
+                on_step=on_step,
             )
         images.append(to_uint8(x_0.cpu()))
     return torch.cat(images)

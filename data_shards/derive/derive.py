@@ -1,4 +1,4 @@
-"""From a folder of shards to another one, shard by shard and batch by batch, on all ranks: what captioners and encoders share."""
+"""From shards to others, shard by shard and batch by batch, on all ranks: what captioners, encoders and models that draw share."""
 
 import json
 import logging
@@ -88,6 +88,11 @@ def derive(job: DeriveJob, out: Path, work: Work[Sample], *, stop: Asked, beat: 
     index = ShardIndex.load(job.shards)
     if index.sha256 != job.shards_sha256:
         raise ValueError(f"{job.shards}: its index has changed since the command was given; give the command again")
+    return derive_from(index, job, out, work, stop=stop, beat=beat)
+
+
+def derive_from(index: ShardIndex, job: DeriveJob, out: Path, work: Work[Sample], *, stop: Asked, beat: Beat) -> int:
+    """As derive, from an index that need not lie on a disk: one of samples without members says only which are to be made. Collective."""
     _check_names(index, work)
     _agree(work.models)
     ranks.barrier()  # the first to come waits here for the others' models, not in what follows

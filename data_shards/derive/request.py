@@ -1,10 +1,10 @@
-"""What a captioner or encoder is asked to make of shards, and where that stands in OUT; imports no torch."""
+"""What a captioner or encoder is asked to make of shards, or a model to draw, and where that stands in OUT; imports no torch."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from data_shards.config import INDEX_NAME
 from data_shards.files import json_text, read_json_object, replace_file
@@ -14,7 +14,7 @@ WORK_NAME = ".derive"  # in OUT until it is whole: what is made, finished batche
 RUN_NAME = "run"  # in OUT: logs, heartbeats, exit.json and lease of the job, as a run's folder has them
 REQUEST_NAME = "derive.json"
 
-Kind = Literal["caption", "encode"]
+Kind = Literal["caption", "encode", "draw"]
 Precision = Literal["bf16", "fp32"]
 StoredType = Literal["fp16", "fp32"]
 BadPolicy = Literal["stop", "skip"]
@@ -74,13 +74,44 @@ class EncodeRequest:
             raise ValueError("--pooled and --text-mask are of a text encoder; give --text-encoder MODEL")
 
 
+@final
+@dataclass(frozen=True)
+class DrawRequest:
+    """`halfstep shards draw`: how many images a finished model draws, and how.
+
+    source: RUN_DIR, chain or export; steps, sampler: None for the model's own; seed: image i starts from the noise of seed + i;
+    batch_size, samples_per_shard: the same whoever draws, since sums in a model may depend on what else is in the batch."""
+
+    on_bad_sample: ClassVar[BadPolicy] = "stop"  # nothing is read
+
+    source: str
+    count: int
+    steps: int | None = None
+    sampler: Literal["ddim", "ancestral"] | None = None
+    seed: int = 0
+    batch_size: int = 64
+    samples_per_shard: int = 256
+    precision: Precision = "fp32"
+    licence: str = "not stated"
+
+    def __post_init__(self) -> None:
+        _at_least_one(count=self.count, batch_size=self.batch_size, samples_per_shard=self.samples_per_shard)
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        whole, rest = divmod(self.count, self.samples_per_shard)
+        return (*[self.samples_per_shard] * whole, *([rest] if rest else []))
+
+
 def _at_least_one(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"--{name.replace('_', '-')} {number} must be at least 1")
 
 
-Request = CaptionRequest | EncodeRequest
+Request = CaptionRequest | EncodeRequest | DrawRequest
+_REQUESTS: Mapping[Kind, type[Request]] = {"caption": CaptionRequest, "encode": EncodeRequest, "draw": DrawRequest}
 
 
 @final
@@ -88,7 +119,8 @@ Request = CaptionRequest | EncodeRequest
 class DeriveJob:
     """All that the ranks need to know; stands in OUT/run/derive.json.
 
-    shards: the folder that is read; samples, batches: how many there are in it."""
+    shards: the folder that is read, of a model that draws the model; shards_sha256: "" there, the ranks find what its weights are;
+    samples, batches: how many there are in it, or will be."""
 
     kind: Kind
     shards: str
@@ -98,11 +130,17 @@ class DeriveJob:
     request: Request
 
     @classmethod
-    def of(cls, index: ShardIndex, request: Request) -> "DeriveJob":
+    def of(cls, index: ShardIndex, request: CaptionRequest | EncodeRequest) -> "DeriveJob":
         """The job of a request on shards."""
         kind: Kind = "caption" if isinstance(request, CaptionRequest) else "encode"
         batches = sum(-(-samples // request.batch_size) for samples in index.samples_per_shard)
         return cls(kind, str(index.root.absolute()), index.sha256, index.samples, batches, request)
+
+    @classmethod
+    def drawing(cls, request: DrawRequest) -> "DeriveJob":
+        """The job of drawing."""
+        batches = sum(-(-samples // request.batch_size) for samples in request.shards)
+        return cls("draw", request.source, "", request.count, batches, request)
 
     @classmethod
     def read(cls, run_dir: Path) -> "DeriveJob":
@@ -111,18 +149,17 @@ class DeriveJob:
         try:
             match read_json_object(path):
                 case {
-                    "kind": str(kind),
+                    "kind": str(name),
                     "shards": str(shards),
                     "shards_sha256": str(sha256),
                     "samples": int(samples),
                     "batches": int(batches),
                     "request": dict(fields),
                 }:
-                    if kind == "caption":
-                        return cls("caption", shards, sha256, samples, batches, CaptionRequest(**fields))
-                    return cls("encode", shards, sha256, samples, batches, EncodeRequest(**fields))
-                case _:
-                    raise TypeError("an entry is missing or of another type")
+                    for kind, request in _REQUESTS.items():
+                        if kind == name:
+                            return cls(kind, shards, sha256, samples, batches, request(**fields))
+            raise TypeError("an entry is missing or of another type")
         except TypeError as error:
             raise ValueError(f"{path}: not written by this halfstep ({error}); remove {run_dir} and give the command again") from None
 
@@ -133,7 +170,8 @@ class DeriveJob:
     def wanted(self) -> dict[str, object]:
         """What makes two jobs the same, without the paths of this machine: a local model goes by its folder's name."""
         texts = {key: public_name(value) if isinstance(value, str) else value for key, value in asdict(self.request).items()}
-        return {"kind": self.kind, "from_sha256": self.shards_sha256, "request": texts}
+        read = {"from_sha256": self.shards_sha256} if self.shards_sha256 else {}
+        return {"kind": self.kind, **read, "request": texts}
 
 
 def public_name(text: str) -> str:
@@ -142,7 +180,7 @@ def public_name(text: str) -> str:
 
 
 def is_derive(run_dir: Path) -> bool:
-    """Whether a folder is the run folder of a captioner or encoder."""
+    """Whether a folder is the run folder of a captioner, an encoder or a model that draws."""
     return (run_dir / REQUEST_NAME).exists()
 
 

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from launch.arguments import end, existing
-from launch.shards.derive_commands import shards_caption, shards_encode
+from launch.shards.derive_commands import shards_caption, shards_draw, shards_encode
 from launch.shards.pack_command import shards_pack
 
 shards = typer.Typer(name="shards", help="Make, check and describe shards: plain WebDataset tars with an index.", no_args_is_help=True)
 shards.command("pack")(shards_pack)
 shards.command("caption")(shards_caption)
 shards.command("encode")(shards_encode)
+shards.command("draw")(shards_draw)
 
 
 @shards.command("verify")

@@ -1,11 +1,12 @@
-"""The command lines of `halfstep shards caption` and `halfstep shards encode`. As in __main__, each imports what it needs when it runs."""
+"""The command lines of `halfstep shards caption`, `encode` and `draw`. As in __main__, each imports what it needs when it runs."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from launch.arguments import Cluster, Follow, Here, Ranks, end
+from launch.arguments import Cluster, Follow, Here, Ranks, Source, end
 
 Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="A directory of shards, or a location (hf://..., s3://...); never changed.")]
 ClusterChanges = Annotated[list[str] | None, typer.Argument(metavar="[cluster.KEY=VALUE ...]", help="Changes to the cluster file.")]
@@ -116,3 +117,47 @@ def shards_encode(
     )
     how = How(cluster=cluster, ranks=ranks, follow=follow, here=here)
     end(start_derive(source, out, request, how, overrides=changes or (), then=Then(push=push)))
+
+
+def shards_draw(
+    source: Source,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images.")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="The new directory of shards.")],
+    changes: ClusterChanges = None,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sampling steps. Default: the model's own.")] = None,
+    sampler: Annotated[Literal["ddim", "ancestral"] | None, typer.Option(help="Default: the one that the model was made for.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="S", help="Image i starts from the noise of S + i; evaluate draws from 0 on.")
+    ] = 1_000_000,
+    batch_size: BatchSize = 64,
+    samples_per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Images per tar; ranks share out tars.")] = 256,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="What the model computes in.")] = "fp32",
+    licence: Annotated[str, typer.Option(metavar="TEXT", help="Of the images, for the index.")] = "not stated",
+    cluster: Cluster = "local",
+    ranks: Ranks = None,
+    follow: Follow = False,
+    here: Here = False,
+    push: Push = None,
+) -> None:
+    """Draw images with a finished model of pixels and pack them, on one or many ranks: a teacher's own samples, to halve it on.
+
+    The same command again goes on after whatever stopped it, and ends in the same bytes on any number of ranks. Logs are in OUT/run.
+
+    Example:  halfstep shards draw runs/faces_finetuned --count 5000 --steps 50 --out shards/teacher_samples --ranks 2"""
+    from data_shards.derive.request import DrawRequest
+    from launch.shards.start_derive import Then, start_draw
+    from launch.start import How
+
+    request = DrawRequest(
+        source=os.path.abspath(source),
+        count=count,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+        samples_per_shard=samples_per_shard,
+        precision=precision,
+        licence=licence,
+    )
+    how = How(cluster=cluster, ranks=ranks, follow=follow, here=here)
+    end(start_draw(out, request, how, overrides=changes or (), then=Then(push=push)))

@@ -1,4 +1,4 @@
-"""From shards to captions or latents on running ranks: OUT checked, the request frozen, ranks started as a run's are."""
+"""From shards or a model to captions, latents or drawn images on running ranks: OUT checked, the request frozen, ranks started."""
 
 import os
 import sys
@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.config import is_image
-from data_shards.derive.request import RUN_NAME, WORK_NAME, DeriveJob, Request, check_same, is_finished
+from data_shards.derive.request import (
+    RUN_NAME,
+    WORK_NAME,
+    CaptionRequest,
+    DeriveJob,
+    DrawRequest,
+    EncodeRequest,
+    check_same,
+    is_finished,
+)
 from data_shards.index import ShardIndex
 from launch.cluster import ClusterConfig, LocalCluster, SlurmCluster, load_cluster
 from launch.data import index_folder
@@ -28,16 +37,37 @@ class Then:
     """A data set of the Hub that OUT is copied to."""
 
 
-def start_derive(source: str, out: Path, request: Request, how: How, *, overrides: Sequence[str] = (), then: Then | None = None) -> int:
+def start_derive(
+    source: str,
+    out: Path,
+    request: CaptionRequest | EncodeRequest,
+    how: How,
+    *,
+    overrides: Sequence[str] = (),
+    then: Then | None = None,
+) -> int:
     """Caption or encode shards into OUT, or go on with it; returns the ranks' exit code, 0 for a job that is queued.
 
     source: a folder of shards or a location. Raises: FetchError; ValueError for shards, a cluster or an OUT that cannot be used."""
-    run_dir = out / RUN_NAME
-    shards = index_folder(source, run_dir / "shards")
+    shards = index_folder(source, out / RUN_NAME / "shards")
     index = ShardIndex.load(shards)
     if out.resolve() == shards.resolve():
         raise ValueError(f"--out {out} is the folder of shards itself, which is never changed; give another --out")
-    job = DeriveJob.of(index, request)
+    return _start(DeriveJob.of(index, request), out, how, overrides=overrides, then=then)
+
+
+def start_draw(out: Path, request: DrawRequest, how: How, *, overrides: Sequence[str] = (), then: Then | None = None) -> int:
+    """Draw images into OUT, or go on with it; returns the ranks' exit code, 0 for a job that is queued.
+
+    Raises: ValueError for a source, a cluster or an OUT that cannot be used."""
+    source = Path(request.source)
+    if not any((source / name).is_file() for name in ("recipe.yaml", "chain.json", "model_index.json")):
+        raise ValueError(f"{source}: neither a RUN_DIR (recipe.yaml), a chain (chain.json) nor an export (model_index.json); give one")
+    return _start(DeriveJob.drawing(request), out, how, overrides=overrides, then=then)
+
+
+def _start(job: DeriveJob, out: Path, how: How, *, overrides: Sequence[str], then: Then | None) -> int:
+    run_dir = out / RUN_NAME
     machines = _machines(how, overrides)
     check_same(out, job.wanted())
     if not is_finished(out):

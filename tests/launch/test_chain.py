@@ -10,8 +10,8 @@ from data_shards.sources.faces import FacesSource
 from launch.chain import freeze_chain, stage_seed, student_config, with_teacher
 from launch.run_dir import freeze
 from trainer.chain import read_chain
-from trainer.config import ProgressiveDistillationConfig, RunConfig
-from trainer.config_io import load_recipe
+from trainer.config import ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.config_io import dump_yaml, load_recipe
 
 
 def _chain(**distill: object) -> RunConfig:
@@ -75,6 +75,19 @@ def test_a_teacher_from_elsewhere_decides_the_model(tmp_path: Path, chain: Path)
     other = RunConfig.model_validate({"data": {"shards": "x"}, "train": {"steps": 1}, "noise_schedule": {"kind": "linear"}})
     with pytest.raises(ValueError, match=r"noise_schedule is .*was trained with"):
         with_teacher(other, teacher)
+
+
+def test_students_of_a_fine_tuned_teacher_begin_with_the_teacher_alone(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    tuned = _chain(updates=1, learning_rate=1e-4).model_copy(update={"model": TinyUNetConfig(start="/runs/source")})
+    (teacher / "recipe.yaml").write_text(dump_yaml(tuned.model_copy(update={"distill": None})))
+    config = with_teacher(_chain(teacher=str(teacher)), teacher)
+    assert config.model == TinyUNetConfig(), "a recipe may name the teacher's own sections, too"
+    with_teacher(_chain(teacher=str(teacher)).model_copy(update={"model": TinyUNetConfig()}), teacher)
+    assert tuned.distill is not None
+    student = student_config(tuned, tuned.distill, number=1, teacher_steps=8, steps=4)
+    assert student.model == TinyUNetConfig(), "a chain that fine-tunes its own teacher"
 
 
 def test_a_chain_with_more_updates_is_another_chain(chain: Path) -> None:

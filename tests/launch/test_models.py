@@ -6,7 +6,7 @@ import pytest
 
 from launch import models
 from launch.models import with_models
-from trainer.config import RunConfig, StableDiffusionConfig
+from trainer.config import RunConfig, StableDiffusionConfig, TinyUNetConfig
 from trainer.config_io import dump_yaml
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -64,3 +64,14 @@ def test_a_commit_that_is_given_is_not_asked_for(tmp_path: Path, monkeypatch: py
 def test_what_is_not_there_is_named_with_its_mend(tmp_path: Path, base: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         with_models(recipe(base), tmp_path)
+
+
+def test_a_start_is_a_run_or_export_frozen_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.model_validate({"data": {"shards": "x"}, "model": {"start": "teacher"}, "train": {"steps": 5}})
+    with pytest.raises(ValueError, match=r"model.start=teacher: wanted the folder of one run or export"):
+        with_models(config, tmp_path / "run")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "recipe.yaml").touch()
+    model = with_models(config, tmp_path / "run").model
+    assert isinstance(model, TinyUNetConfig) and model.start == str(tmp_path / "teacher")

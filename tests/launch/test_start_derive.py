@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.derive.request import CaptionRequest, DeriveJob
+from data_shards.derive.request import CaptionRequest, DeriveJob, DrawRequest
 from data_shards.files import json_text
 from data_shards.index import ShardIndex, index_text
 from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
 from launch.ends import Restarts, committed_steps
-from launch.shards.start_derive import Then, local_model, start_derive
+from launch.shards.start_derive import Then, local_model, start_derive, start_draw
 from launch.start import How
 from launch.status import is_done, print_status, run_status
 
@@ -128,3 +128,18 @@ def test_a_model_in_a_folder_is_named_absolutely(tmp_path: Path, monkeypatch: py
     (tmp_path / "blip").mkdir()
     monkeypatch.chdir(tmp_path)
     assert local_model("blip") == str(tmp_path / "blip") and local_model("someone/blip") == "someone/blip" and local_model("") == ""
+
+
+def test_drawing_is_checked_before_a_rank_starts_and_goes_on_by_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, Path]] = []
+    monkeypatch.setattr("launch.shards.start_derive.launch_job", lambda job, *_: started.append((job.kind, job.path)) or 75)
+    request = DrawRequest(str(tmp_path / "model"), count=9, batch_size=4, samples_per_shard=6)
+    with pytest.raises(ValueError, match=r"model: neither a RUN_DIR \(recipe.yaml\), a chain"):
+        start_draw(tmp_path / "out", request, How())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "recipe.yaml").touch()
+    assert start_draw(tmp_path / "out", request, How()) == 75 and started == [("draw", tmp_path / "out" / "run")]
+    job = DeriveJob.read(tmp_path / "out" / "run")
+    assert job.request == request and (job.samples, job.batches) == (9, 3)
+    assert "from_sha256" not in job.wanted() and str(tmp_path) not in json.dumps(job.wanted()), "no path of this machine"
+    assert run_status(tmp_path / "out" / "run", ended=None).total_steps == 3

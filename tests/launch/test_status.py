@@ -33,6 +33,13 @@ def test_a_stopped_run_says_where_and_why(run_dir: Path) -> None:
     assert status.last_end == "75 asked to stop" and status.remaining_seconds is None
 
 
+def test_the_role_of_the_data_is_said(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "recipe.yaml").write_text("data: {shards: x, role: teacher_samples}\ntrain: {steps: 10}\n")
+    assert run_status(run_dir, ended=None).data_role == "teacher_samples"
+    print_status(run_dir, as_json=False)
+    assert "stopped, step 4/10, data: teacher samples, loss 0.5000" in capsys.readouterr().out
+
+
 def test_a_run_whose_lock_is_held_is_running(run_dir: Path) -> None:
     descriptor = os.open(run_dir / ".lock", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

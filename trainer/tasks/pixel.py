@@ -32,6 +32,7 @@ from trainer.sample import draw_grid
 from trainer.source import load_source
 from trainer.stages import grid as sampling_levels
 from trainer.stages import halve
+from trainer.start import load_start
 from trainer.tasks.task import Task, Work
 
 Objective = Callable[[Denoiser, Tensor, Draws], Tensor]
@@ -63,10 +64,12 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, im
     attention = _set_up(module, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(module)
-    forwards = _TRAINED_FORWARDS
+    forwards, start_sha256 = _TRAINED_FORWARDS, None
     match chosen := pixel_objective(config):
         case DenoisingConfig() as objective:
             timesteps, teacher_sha256, sampler = tuple(range(len(alpha_bar))), None, "ddim"
+            if model.start is not None:
+                start_sha256 = load_start(module, run_dir / model.start, prediction=objective.prediction, alpha_bar=alpha_bar.cpu())
             loss = _denoising(objective, alpha_bar)
         case ProgressiveDistillationConfig() as objective:
             teacher = load_source(run_dir / objective.teacher)
@@ -89,6 +92,7 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, im
         teacher_sha256=teacher_sha256,
         image_size=image_size,
         channels=3,
+        start_sha256=start_sha256,
     )
     flops = forward_flops(lambda: build_tiny_unet(model, image_size), image_shape=(3, image_size, image_size))
     logs, levels_drawn = config.logging, Levels(descriptor, alpha_bar)
