@@ -6,9 +6,7 @@ learnt to read the attributes of both styles, and inside and outside masks by th
 JSON and three sheets of pictures beside it, and fails where learning is not what is claimed."""
 
 import argparse
-import io
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, final
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
+from faces_runs import Pictures, commit, feature_net, halfstep, kept, pack, read
 from jaxtyping import Float, UInt8
 from measure import machine
 from PIL import Image
 from torch import Tensor
 
 from data_shards.files import json_text, replace_file
-from data_shards.index import ShardIndex
-from data_shards.reading.read import read_all
 from data_shards.reading.sample import MicroBatch
 from trainer.config_io import load_recipe
-from trainer.feature_net import FeatureNet, features_of, train_feature_net
+from trainer.feature_net import FeatureNet, features_of
 from trainer.frechet import frechet_distance, mean_and_covariance
 from trainer.latents.drawing import Given, open_drawer
 from trainer.manifest import newest_checkpoint
@@ -41,7 +37,6 @@ from trainer.models.inpainting import widen
 from trainer.prompting.painters import painter
 from trainer.prompting.pictures import PictureRequest, draw
 from trainer.prompting.sheet import SheetGroup, draw_sheet, masked_input
-from trainer.rng import generator
 from trainer.sample import png
 
 STYLES = {"old": "open-peeps", "new": "voxel-art"}
@@ -58,7 +53,6 @@ CLAIMS: Mapping[str, tuple[str, float]] = {
     "inpainting_error_outside_of_round_trip": ("at most", 1.25),
 }
 """Bounds of the ratios that are stated; `X_of_Y`: X divided by Y."""
-Pictures = UInt8[Tensor, "b h w c"]
 
 
 def main() -> int:
@@ -76,13 +70,13 @@ def main() -> int:
             stage.run(root, ranks=options.ranks)
     if options.only:
         return 0
-    net = _feature_net(root)
+    net = feature_net({name: root / "shards" / name for name in STYLES})
     with torch.no_grad():
         figures, sheets = measure(root, net, images=options.images)
     failed = [name for name, (_, bound) in CLAIMS.items() if not figures["ratios"][name] <= bound]
     result = {
         "command": "python benchmarks/latent_learning.py",
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
         "images": options.images,
         **figures,
@@ -115,14 +109,14 @@ class Stage:
         """Bring the run to its end, and export it. Raises: subprocess.CalledProcessError if it fails."""
         for data, start, count in (("{}", 0, FACES), ("held_out_{}", FACES, HELD_OUT)):
             for name, style in STYLES.items():
-                _pack(root / "shards" / data.format(name), style, start=start, count=count)
+                pack(root / "shards" / data.format(name), style, start=start, count=count, pixels=PIXELS)
         run_dir, began = root / self.name, time.perf_counter()
         if (run_dir / "seconds.json").exists():
             return
         settings = [setting.replace("{root}", str(root)) for setting in self.settings]
-        _halfstep("train", self.recipe, "--ranks", str(ranks), "--run-dir", str(run_dir), *settings)
+        halfstep("train", self.recipe, "--ranks", str(ranks), "--run-dir", str(run_dir), *settings)
         if self.exported and not (run_dir / "export").exists():
-            _halfstep("export", str(run_dir))
+            halfstep("export", str(run_dir))
         replace_file(run_dir / "seconds.json", json_text({"seconds": round(time.perf_counter() - began)}))
 
 
@@ -139,7 +133,7 @@ STAGES = (
 
 def measure(root: Path, net: FeatureNet, *, images: int) -> tuple[dict[str, dict[str, float]], dict[str, Image.Image]]:
     """Figures by group and name, and sheets by name."""
-    held_out = {name: _read(root / "shards" / f"held_out_{name}") for name in STYLES}
+    held_out = {name: read(root / "shards" / f"held_out_{name}") for name in STYLES}
     vae = cast("AutoencoderKL", AutoencoderKL.from_pretrained(root / "autoencoder/export", local_files_only=True, use_safetensors=True))
     back = {name: _round_trip(vae, batch.images) for name, batch in held_out.items()}
     references = {name: mean_and_covariance(features_of(net, batch.images)) for name, batch in held_out.items()}
@@ -198,13 +192,7 @@ def _pictures(root: Path, run: str, captions: Mapping[str, Sequence[str]]) -> di
 def _kept(root: Path, run: str, name: str, make: Callable[[], Pictures]) -> Pictures:
     """Pictures that were made before with the same weights, else made now."""
     checkpoint = newest_checkpoint(root / run)
-    path = root / "pictures" / f"{run}_{'' if checkpoint is None else checkpoint.sha256[:12]}_{name}.npy"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        content = io.BytesIO()
-        np.save(content, make().numpy())
-        replace_file(path, content.getvalue())
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+    return kept(root / "pictures" / f"{run}_{'' if checkpoint is None else checkpoint.sha256[:12]}_{name}.npy", make)
 
 
 def _inpainting(root: Path, faces: MicroBatch, back: Pictures, *, count: int) -> tuple[dict[str, float], Image.Image]:
@@ -275,17 +263,6 @@ def _round_trip(vae: AutoencoderKL, images: UInt8[Tensor, "b c h w"]) -> Picture
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
 
-def _feature_net(root: Path) -> FeatureNet:
-    """A net that has learnt to read the attributes of the training faces of both styles, and which style it is."""
-    images, rows = [], []
-    for name in STYLES:
-        batch = _read(root / "shards" / name)
-        images.append(batch.images)
-        rows += [{"style": name} | {f"{name} {key}": value for key, value in row.items()} for row in batch.attributes]
-    order = torch.randperm(len(rows), generator=generator(0, "latent_learning"))
-    return train_feature_net(torch.cat(images)[order], [rows[number] for number in order], seed=0).net
-
-
 def _psnr(a: Pictures, b: Pictures) -> float:
     """Mean over the images, in dB."""
     squares: Float[Tensor, " b"] = (a.float() - b.float()).square().flatten(1).mean(1)
@@ -306,28 +283,6 @@ def _styles_sheet(drawn: Mapping[tuple[str, str], Pictures], held_out: Mapping[s
     groups = [SheetGroup(title, torch.stack([drawn[run, name][:shown] for name in prompts])) for run, title in titles.items()]
     faces = torch.stack([held_out[name].images[:shown].permute(0, 2, 3, 1) for name in ("new", "old")])
     return draw_sheet(list(prompts.values()), [SheetGroup("held-out faces", faces), *groups])
-
-
-def _pack(folder: Path, style: str, *, start: int, count: int) -> None:
-    if not (folder / "index.json").exists():
-        numbers = ("--start", str(start), "--count", str(count), "--size", str(PIXELS))
-        _halfstep("shards", "pack", "--source", "faces", "--style", style, *numbers, "--out", str(folder))
-
-
-def _read(folder: Path) -> MicroBatch:
-    return read_all(ShardIndex.load(folder), ("image", "caption", "attributes"))
-
-
-def _halfstep(*words: str) -> None:
-    sys.stdout.write(f"halfstep {' '.join(words)}\n")
-    sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", "launch", *words], check=True)
-
-
-def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def _steps(run_dir: Path) -> str:

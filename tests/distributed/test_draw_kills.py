@@ -14,7 +14,7 @@ from data_shards.derive.request import DeriveJob, DrawRequest
 from data_shards.tars.verify import verify
 from tests.derive_runs import files, ledger
 from tests.distributed.forked_ranks import ForkedRanks
-from tests.written_runs import write_run
+from tests.trainer.conftest import _write_run as write_run
 
 pytestmark = pytest.mark.distributed
 
