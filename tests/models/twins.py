@@ -38,6 +38,8 @@ MODULES = [
     "trainer.tasks.autoencoder",
     "trainer.engines.fsdp",
     "trainer.engines.deepspeed_zero",
+    "trainer.distill",
+    "trainer.draw_shards",
     "trainer.tiny_models.make",
     "trainer.visible",
 ]
