@@ -37,7 +37,20 @@ def data_folders(config: RunConfig, own: Path) -> list[Path]:
             folders.append(_brought(location, Path(os.path.abspath(own)), cache))
         else:
             folders.append(Path(os.path.abspath(location.path)))
+    if data.role == "teacher_samples":
+        _check_drawn(folders)
     return folders
+
+
+def _check_drawn(folders: Sequence[Path]) -> None:
+    """Raises: ValueError for images that no model has drawn."""
+    for folder in folders:
+        kind = ShardIndex.load(folder).source.get("kind")
+        if kind != "drawn":
+            raise ValueError(
+                f"data.role=teacher_samples, but the images of {folder} are from {kind}; make the teacher's own first: "
+                "halfstep shards draw TEACHER --count N --out SHARDS"
+            )
 
 
 def with_data(config: RunConfig, folders: Sequence[Path], *, run_dir: Path, root: Path) -> RunConfig:

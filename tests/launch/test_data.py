@@ -141,3 +141,12 @@ def test_latents_without_images_are_nothing_for_a_pixel_model(sets: Path, tmp_pa
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ValueError, match="holds txt and no images, which this model learns from"):
         run(recipe({"shards": str(tmp_path), "image_size": 16}), tmp_path / "run")
+
+
+def test_only_images_that_a_model_has_drawn_are_a_teachers_samples(tmp_path: Path) -> None:
+    pack(FacesSource("open-peeps", 4), tmp_path / "faces", size=16)
+    with pytest.raises(
+        ValueError, match=r"data.role=teacher_samples, but the images of .*faces are from faces; make the teacher's own first"
+    ):
+        data_folders(recipe({"shards": str(tmp_path / "faces"), "role": "teacher_samples"}), tmp_path / "own")
+    assert data_folders(recipe({"shards": str(tmp_path / "faces"), "role": "source"}), tmp_path / "own") == [tmp_path / "faces"]
