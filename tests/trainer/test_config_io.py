@@ -261,7 +261,7 @@ def test_a_style_with_attribution_is_refused_until_agreed_to(tmp_path: Path) -> 
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(ValueError, match=r"smok: no such recipe file.*did you mean 'smoke'\? \(shipped: .*demo, faces_64px, .*smoke"):
+    with pytest.raises(ValueError, match=r"smok: no such recipe file.*did you mean 'smoke'\? \(shipped: .*demo, .*faces_64px, .*smoke"):
         recipe_path("smok")
 
 
