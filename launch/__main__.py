@@ -325,15 +325,54 @@ def doctor(
     end(run_doctor(as_json=as_json, cluster=cluster, online=online))
 
 
+_AS_PUBLISHED = " Default: as the published model of that size has it."
+
+
 @app.command("import-checkpoint")
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint that another program wrote, such as model.pt.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The new file.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors|DIR", help="The new file; with --as the new folder.")],
+    family: Annotated[
+        str | None,
+        typer.Option("--as", metavar="FAMILY", help="A known U-Net, as a pipeline's folder: pesser, guided-diffusion, improved-diffusion."),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(metavar="N", help="Pixels a side. Default: by the U-Net's levels.")] = None,
+    noise_schedule: Annotated[str | None, typer.Option(metavar="NAME", help="linear or cosine." + _AS_PUBLISHED)] = None,
+    diffusion_steps: Annotated[int | None, typer.Option(metavar="N", help="Noise levels in training." + _AS_PUBLISHED)] = None,
+    heads: Annotated[int | None, typer.Option(metavar="N", help="Of attention, on every level." + _AS_PUBLISHED)] = None,
+    head_channels: Annotated[int | None, typer.Option(metavar="N", help="Instead of --heads: channels a head." + _AS_PUBLISHED)] = None,
+    attention_order: Annotated[str | None, typer.Option(metavar="NAME", help="legacy or new." + _AS_PUBLISHED)] = None,
+    rescale_timesteps: Annotated[
+        bool | None,
+        typer.Option("--rescale-timesteps/--no-rescale-timesteps", help="Whether times were scaled to 0 ... 1000." + _AS_PUBLISHED),
+    ] = None,
+    prediction: Annotated[str | None, typer.Option(metavar="NAME", help="eps, or x_0 (predict_xstart). Default: eps.")] = None,
+    variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large." + _AS_PUBLISHED)] = None,
+    eps_only: Annotated[bool, typer.Option("--eps-only", help="Leave a learned variance out, to train and halve the model.")] = False,
 ) -> None:
-    """Turn another program's checkpoint into safetensors; nothing in it is run.
+    """Turn another program's checkpoint into safetensors, or a known U-Net into a diffusers pipeline; nothing in it is run.
 
-    Example:  halfstep import-checkpoint model.pt --out model.safetensors"""
-    end(_run("import", existing_file(file), {"out": str(out)}, ranks=1))
+    Example:  halfstep import-checkpoint model.pt --out model.safetensors
+
+    Example:  halfstep import-checkpoint model-790000.ckpt --as pesser --out cifar10
+
+    Example:  halfstep import-checkpoint lsun_bedroom.pt --as guided-diffusion --eps-only --out bedroom"""
+    options = {
+        "out": str(out),
+        "family": family,
+        "image_size": image_size,
+        "noise_schedule": noise_schedule,
+        "diffusion_steps": diffusion_steps,
+        "heads": heads,
+        "head_channels": head_channels,
+        "attention_order": attention_order,
+        "rescale_timesteps": rescale_timesteps,
+        "prediction": prediction,
+        "variance": variance,
+        "eps_only": eps_only or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    end(_run("import", existing_file(file), given, ranks=1))
 
 
 @app.command("make-tiny")

@@ -1,4 +1,4 @@
-"""Another program's checkpoint turned into safetensors; nothing in it is run."""
+"""Another program's checkpoint turned into safetensors, or a known U-Net into a pipeline's folder; nothing in it is run."""
 
 import logging
 import os
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from data_shards.files import fsync_directory
 from trainer.exit_codes import DONE
+from trainer.importing.pipeline import check_new, import_pipeline
+from trainer.importing.settings import FAMILIES, check_family, read_given, spelled
 from trainer.options import Options, optional_text
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,20 @@ _ZIP = b"PK\x03\x04"
 
 
 def import_job(path: Path, options: Options) -> int:
-    """Write the tensors in the file `path` to the safetensors file named by the option `out`; returns the worker's exit code.
+    """Write the tensors in the file `path` to where the option `out` says; returns the worker's exit code.
 
-    Raises: ValueError if the file holds more than tensors can be read from safely, or `out` exists."""
+    options: out (a safetensors file; default: beside `path`), or with family (one of importing.settings.FAMILIES) a new folder of a
+    stock pipeline; then also what importing.settings.NAMES lists.
+    Raises: ValueError if the file holds more than tensors can be read from safely, is of another family, or `out` exists."""
+    named, given = optional_text(options, "family"), read_given(options)
+    if named is not None:
+        family, folder = check_family(named), Path(optional_text(options, "out") or path.with_suffix(""))
+        check_new(folder)  # before the file is read, which may be gigabytes
+        tensors, taken = _read(path)
+        import_pipeline(tensors, family=family, given=given, file=path, taken=taken, out=folder)
+        return DONE
+    for name in given:
+        raise ValueError(f"{spelled(name)}: says something of a known U-Net; name its family too: --as {' | '.join(FAMILIES)}")
     out = Path(optional_text(options, "out") or path.with_suffix(".safetensors"))
     _check_out(out)
     tensors, taken = _read(path)
@@ -116,8 +129,7 @@ def _advice(path: Path) -> str:
 def _check_out(out: Path) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: wanted a name that ends in .safetensors")
-    if os.path.lexists(out):
-        raise ValueError(f"--out {out}: is there already; give another name, or remove it first")
+    check_new(out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: no directory {out.parent}; make it first")
 

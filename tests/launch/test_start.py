@@ -126,9 +126,19 @@ def test_an_export_of_another_average_and_an_import_are_jobs(jobs: list[Job], tm
     (tmp_path / "model.pt").touch()
     run(lambda: command_line.export(Path("run"), ema=0.999))
     run(lambda: command_line.import_checkpoint(Path("model.pt"), out=Path("model.safetensors")))
+    run(
+        lambda: command_line.import_checkpoint(
+            Path("model.pt"), out=Path("m"), family="guided-diffusion", heads=1, rescale_timesteps=False, eps_only=True
+        )
+    )
     assert jobs == [
         Job("export", Path("run"), {"out": None, "steps": None, "ema": 0.999, "merged": False, "push": None}),
         Job("import", Path("model.pt"), {"out": "model.safetensors"}),
+        Job(
+            "import",
+            Path("model.pt"),
+            {"out": "m", "family": "guided-diffusion", "heads": 1, "rescale_timesteps": False, "eps_only": True},
+        ),
     ]
 
 
