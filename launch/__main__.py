@@ -77,7 +77,8 @@ def train(
     Example:  halfstep train smoke --ranks 2 train.steps=100 optim.learning_rate=3e-4
 
     Example:  halfstep train smoke --cluster slurm cluster.nodes=2 --sweep optim.learning_rate=1e-4,3e-4"""
-    from launch.start import How, start_sweep, start_train
+    from launch.start import How, start_train
+    from launch.start_sweep import start_sweep
 
     changes = _changes(overrides, deterministic=deterministic)
     how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here, tuple(sweep or ()))
@@ -105,6 +106,51 @@ def distill(
     changes = _changes(overrides, deterministic=deterministic)
     how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here)
     end(start_distill(recipe, changes, how))
+
+
+@app.command("sweep")
+def sweep_(
+    recipe: Recipe,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=V1,V2 ... [KEY=VALUE ...]", help="Values to try, each combination of them a run; and changes to all runs."
+        ),
+    ] = None,
+    cluster: Cluster = "local",
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the runs live. Default: runs/<recipe name>_sweep.")
+    ] = None,
+    ranks: Ranks = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="SHARDS", help="Measure every run's quality against these images, which none was trained on.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N,N,...", help="Of --reference: the step counts. Default: the models' own.")] = None,
+    images: Annotated[int | None, typer.Option(min=2, metavar="K", help="Of --reference: images per step count.")] = None,
+    deterministic: Deterministic = False,
+    allow_fresh: AllowFresh = False,
+    dry_run: DryRun = False,
+    follow: Follow = False,
+    here: Here = False,
+) -> None:
+    """Try values of a recipe: a run (with a distill section a chain) for each combination, then one report that compares them.
+
+    On Slurm the runs are a job array, on Ray they run side by side, here one after the other. The same command goes on.
+
+    Example:  halfstep sweep smoke optim.learning_rate=1e-4,3e-4 model.attention_heads=2,4 train.steps=200
+
+    Example:  halfstep sweep demo distill=null noise_schedule.steps=250,500,1000 --reference runs/demo/reference --steps 32"""
+    from launch.start import How
+    from launch.start_sweep import Quality, start_sweep
+    from launch.sweep import split_words
+
+    if reference is None and (steps is not None or images is not None):
+        raise ValueError("--steps and --images say how quality is measured; give --reference SHARDS too, or leave them out")
+    overrides, values = split_words(words or [])
+    changes = _changes(overrides, deterministic=deterministic)
+    how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here, values)
+    quality = Quality(existing(reference), step_counts(steps), images) if reference is not None else None
+    end(start_sweep(recipe, changes, how, chains=True, quality=quality))
 
 
 @app.command()
@@ -214,14 +260,28 @@ def evaluate(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of runs or chains.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of runs, chains, exports or sweeps.")],
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where the page goes.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Over the page. Default: the directories' names.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Sampling steps of a single run's pictures beside other directories'. Default: 50."),
+    ] = None,
+    draw: Annotated[bool, typer.Option(help="Draw pictures that are not there yet; without it only those that are.")] = True,
 ) -> None:
-    """One self-contained page: curves, sample grids, tables.
+    """One self-contained page: curves, grids of the same seeds, quality and seconds by step count, what differs between runs.
 
-    Example:  halfstep report runs/demo --out report.html"""
+    Example:  halfstep report runs/demo --out report.html
+
+    Example:  halfstep report runs/base runs/fine_tuned runs/source runs/mixture --no-draw"""
+    from launch.sweep import is_sweep, sweep_runs
+
     found = [existing(directory) for directory in directories]
-    end(_run("report", found[0], {"dirs": [str(directory) for directory in found], "out": str(out)}, ranks=1))
+    runs = [run for directory in found for run in (sweep_runs(directory) if is_sweep(directory) else [directory])]
+    if title is None and len(found) == 1 and is_sweep(found[0]):
+        title = found[0].resolve().name
+    options = {"dirs": [str(run) for run in runs], "out": str(out), "title": title, "steps": steps, "draw": draw}
+    end(_run("report", found[0], options, ranks=1))
 
 
 @app.command()

@@ -91,6 +91,8 @@ class _Network(_Machines):
     On a single node it is loopback in any case."""
     rendezvous_ports: Ports = (20000, 29999)
     """First and last port that rank 0 may listen on."""
+    sweep_jobs_at_once: Count | None = None
+    """Of a sweep: how many of its runs may run at a time; null leaves it to the cluster's room."""
 
     @property
     def ranks(self) -> int:
@@ -139,8 +141,6 @@ class SlurmCluster(_Network):
     """sbatch, or submitit, which adds its own folder of job files."""
     chain: Literal["one_job", "dependent_jobs"] = "one_job"
     """Of `halfstep distill`: all stages in one job, or a job a stage, each waiting for the one before."""
-    sweep_jobs_at_once: Count | None = None
-    """Of --sweep: how many jobs of the array may run at a time; null leaves it to Slurm."""
     extra_sbatch_lines: Lines = ()
     """Further options of sbatch, such as "--mail-type=END" or "--reservation=day"."""
 

@@ -25,21 +25,20 @@ def dry_run_text(job: Job, config: RunConfig, machines: ClusterConfig) -> str:
     return "\n".join(parts) + "\n"
 
 
-def dry_run_sweep_text(
-    folder: Path, runs: Sequence[Path], configs: Sequence[RunConfig], machines: ClusterConfig, *, allow_fresh: bool
-) -> str:
+def dry_run_sweep_text(folder: Path, jobs: Sequence[Job], configs: Sequence[RunConfig], machines: ClusterConfig) -> str:
     """The same of a sweep, whose runs are in `folder`."""
-    parts = [f"# would run {len(runs)} runs on {_where(machines)} in {folder}"]
-    for run, config in zip(runs, configs, strict=True):
-        parts += _frozen(run, config, machines)
+    parts = [f"# would run {len(jobs)} runs on {_where(machines)} in {folder}"]
+    for job, config in zip(jobs, configs, strict=True):
+        parts += _frozen(job.path, config, machines)
     parts.append("\n# --- commands")
     if isinstance(machines, SlurmCluster):
         from launch.slurm import plan_sweep
 
-        parts += _slurm_jobs([plan_sweep(folder, range(len(runs)), machines, allow_fresh=allow_fresh)], machines, first=runs[0])
+        planned = plan_sweep(folder, range(len(jobs)), machines, kind=jobs[0].kind, allow_fresh=bool(jobs[0].options["allow_fresh"]))
+        parts += _slurm_jobs([planned], machines, first=jobs[0].path)
     else:
-        for run, config in zip(runs, configs, strict=True):
-            parts += _commands(Job("train", run, {"allow_fresh": allow_fresh}), config, machines)
+        for job, config in zip(jobs, configs, strict=True):
+            parts += _commands(job, config, machines)
     return "\n".join(parts) + "\n"
 
 

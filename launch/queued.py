@@ -59,10 +59,11 @@ def look(run_dir: Path, submission: Submission) -> Queued | None:
 
 
 def folders(path: Path) -> Iterator[Path]:
-    """The folder itself, of a chain each stage that it trains, and of a sweep each run."""
+    """The folder itself, of a chain each stage that it trains, and of a sweep each run, stages and all."""
     yield path
     if is_sweep(path):
-        yield from sweep_runs(path)
+        for run_dir in sweep_runs(path):
+            yield from folders(run_dir)
     if (path / "chain.json").exists():
         yield from (stage.run_dir for stage in read_chain(path) if stage.trained_here)
 

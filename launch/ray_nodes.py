@@ -1,5 +1,6 @@
 """Machines for a run on Ray: asked for with a placement group, which is what makes a pool grow, and waited for with a limit."""
 
+import math
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ def find_nodes(cluster: RayCluster, *, limit_seconds: float, is_stopped: Callabl
     """Ids of cluster.nodes nodes that have room for ranks_per_node ranks each; None once the run is asked to stop.
 
     A node that is to be taken away is not among them. The nodes are free again on return, for Ray Train to place its workers on.
+    limit_seconds: math.inf waits as long as it takes.
     Raises: NoMachines saying what was asked for and what there is, if that takes longer than the limit."""
     wanted = {name: amount * cluster.ranks_per_node for name, amount in rank_resources(cluster).items()}
     deadline, said, pause = time.monotonic() + limit_seconds, time.monotonic(), threading.Event()
@@ -47,8 +49,8 @@ def find_nodes(cluster: RayCluster, *, limit_seconds: float, is_stopped: Callabl
                     raise NoMachines(_no_machines(cluster, wanted))
                 if time.monotonic() > said + _SAY_SECONDS:
                     said = time.monotonic()
-                    minutes = (deadline - said) / 60
-                    sys.stderr.write(f"waiting for {_asked(cluster, wanted)}; gives up in {minutes:.0f} minutes\n")
+                    left = f"; gives up in {(deadline - said) / 60:.0f} minutes" if math.isfinite(deadline) else ""
+                    sys.stderr.write(f"waiting for {_asked(cluster, wanted)}{left}\n")
             nodes = _nodes_of(group)
         finally:
             remove_placement_group(group)

@@ -1,12 +1,15 @@
 """Ray: a rank in each worker of a Ray Train group, started again by this driver as often as the cluster file allows."""
 
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _OWN_WAIT_SECONDS = 30.0
 """For room on a Ray of our own, which does not grow."""
+_LOOK_SECONDS = 0.5
 
 
 def run_on_ray(job: Job, cluster: RayCluster, *, follow: bool) -> int:
@@ -32,9 +36,9 @@ def run_on_ray(job: Job, cluster: RayCluster, *, follow: bool) -> int:
     Raises: ValueError for an address that cannot be used; RuntimeError, ConnectionError in Ray's words."""
     check_installed()
     job = replace(job, path=Path(os.path.abspath(job.path)))
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    if not address.startswith(("http://", "https://")):
-        return _drive(job, cluster, None if address == "local" else address, name=None)
+    address = address_of(cluster)
+    if address is None or not address.startswith(("http://", "https://")):
+        return _drive(job, cluster, address, name=None)
     from launch.ray_jobs import submit
 
     submit(job, cluster, address)
@@ -45,14 +49,24 @@ def run_on_ray(job: Job, cluster: RayCluster, *, follow: bool) -> int:
     return follow_queued(job.path)
 
 
+def address_of(cluster: RayCluster) -> str | None:
+    """Where the cluster is; None for a Ray of our own."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    return None if address == "local" else address
+
+
 def main() -> int:
-    """`python -m launch.ray_train KIND RUN_DIR OPTIONS NAME`, the driver of a submitted job, on the cluster."""
+    """`python -m launch.ray_train KIND RUN_DIR OPTIONS NAME`, the driver of a submitted job, on the cluster; KIND may be sweep."""
     kind, folder, options, name = sys.argv[1:]
     job = Job(kind, Path(folder), json.loads(options))
     cluster = load_cluster(str(job.path / "cluster.yaml"), [])
     assert isinstance(cluster, RayCluster), "a job is submitted for a Ray cluster"
     with _CopiedOutput(job.path / "job" / f"{name}.out"):
         try:
+            if kind == "sweep":
+                from launch.ray_sweep import drive_sweep
+
+                return drive_sweep(job, cluster, "auto", name=name)
             return _drive(job, cluster, "auto", name=name)
         except (ValueError, RuntimeError, OSError) as error:
             sys.stderr.write(f"error: {error}\n")
@@ -60,44 +74,78 @@ def main() -> int:
 
 
 def _drive(job: Job, cluster: RayCluster, address: str | None, *, name: str | None) -> int:
-    """Attempt after attempt, until one ends for good. address: None for a Ray of our own. name: of the job that this driver is."""
+    """A run to its end. address: None for a Ray of our own. name: of the job that this driver is."""
+    with driver(address, cluster, [job.path]) as wait_seconds:
+        return drive_run(job, cluster, name or own_job_id(), wait_seconds=wait_seconds, turns=Turns())
+
+
+@contextmanager
+def driver(address: str | None, cluster: RayCluster, run_dirs: Sequence[Path]) -> Iterator[float]:
+    """Be a driver, whose signals ask the runs to stop; gives how long to wait for machines, in seconds. address: None for a Ray of
+    our own. Raises: ValueError where that would need several nodes; ConnectionError, RuntimeError in Ray's words."""
     if address is None and cluster.nodes > 1:
         raise ValueError(
             f"cluster.nodes={cluster.nodes}, but no Ray cluster is named and a Ray started here has one node; "
             "set cluster.address or RAY_ADDRESS, or cluster.nodes=1"
         )
-    wait_seconds = _OWN_WAIT_SECONDS if address is None else cluster.wait_for_nodes_minutes * 60
-    with connected(address, cluster), _StopOnSignal(job.path):
-        import ray
-
-        job_id = name or ray.get_runtime_context().get_job_id()
-        first = True
-        while True:
-            restarts = Restarts.begin(job.path, limit=cluster.max_restarts, first=first)
-            end, placed = _attempt(job, cluster, job_id, wait_seconds=wait_seconds)
-            decision, why = restarts.decide(end) if placed else ("stop", end.reason)
-            log_end(job.path, end, decision, why, job_id=f"ray {job_id}")
-            if decision != "again":
-                sys.stderr.write(f"halfstep: exit code {end.code}: {why}\n")
-                return end.code
-            sys.stderr.write(f"starting again: {why}\n")
-            first = False
+    with connected(address, cluster), _StopOnSignal(run_dirs):
+        yield _OWN_WAIT_SECONDS if address is None else cluster.wait_for_nodes_minutes * 60
 
 
-def _attempt(job: Job, cluster: RayCluster, job_id: str, *, wait_seconds: float) -> tuple[End, bool]:
+def own_job_id() -> str:
+    """Ray's number of this driver."""
+    import ray
+
+    return ray.get_runtime_context().get_job_id()
+
+
+@final
+class Turns:
+    """Runs of one driver look for machines one after the other: two that looked at the same time would be given the same ones."""
+
+    def __init__(self) -> None:
+        self.looking = threading.Lock()
+        self.running: set[Path] = set()
+        """Runs that have their machines; those that look meanwhile wait for them without a limit."""
+
+
+def drive_run(job: Job, cluster: RayCluster, job_id: str, *, wait_seconds: float, turns: Turns) -> int:
+    """Attempt after attempt, until one ends for good; returns its exit code."""
+    first = True
+    while True:
+        restarts = Restarts.begin(job.path, limit=cluster.max_restarts, first=first)
+        end, placed = _attempt(job, cluster, job_id, wait_seconds=wait_seconds, turns=turns)
+        decision, why = restarts.decide(end) if placed else ("stop", end.reason)
+        log_end(job.path, end, decision, why, job_id=f"ray {job_id}")
+        if decision != "again":
+            sys.stderr.write(f"halfstep: {job.path.name}: exit code {end.code}: {why}\n")
+            return end.code
+        sys.stderr.write(f"starting again: {why}\n")
+        first = False
+
+
+def _attempt(job: Job, cluster: RayCluster, job_id: str, *, wait_seconds: float, turns: Turns) -> tuple[End, bool]:
     """One group of Ray workers from start to end: how it ended, and whether it ever had its machines."""
     from launch.ray_nodes import NoMachines, are_leaving, find_nodes
 
     previous = take_end(job.path)
     job = replace(job, options={**job.options, "previous_end": str(previous) if previous else None})
-    try:
-        nodes = find_nodes(cluster, limit_seconds=wait_seconds, is_stopped=lambda: is_stop_requested(job.path))
-    except NoMachines as error:
-        return _recorded(job.path, End(PEER_LOST, str(error))), False
-    if nodes is None:
-        return _recorded(job.path, End(CALL_AGAIN, "asked to stop while it waited for machines")), False
-    refusal = job.path / "job" / f"refused_{uuid.uuid4().hex[:8]}"
-    end = _train(job, cluster, nodes, job_id, refusal)
+    refusal, placed = (job.path / "job" / f"{what}_{uuid.uuid4().hex[:8]}" for what in ("refused", "placed"))
+    with ExitStack() as turn:
+        turn.enter_context(turns.looking)
+        limit_seconds = math.inf if turns.running else wait_seconds
+        try:
+            nodes = find_nodes(cluster, limit_seconds=limit_seconds, is_stopped=lambda: is_stop_requested(job.path))
+        except NoMachines as error:
+            return _recorded(job.path, End(PEER_LOST, str(error))), False
+        if nodes is None:
+            return _recorded(job.path, End(CALL_AGAIN, "asked to stop while it waited for machines")), False
+        turns.running.add(job.path)
+        try:
+            end = _train(job, cluster, nodes, job_id, refusal, placed, when_placed=turn.close)
+        finally:
+            turns.running.discard(job.path)
+            placed.unlink(missing_ok=True)
     if refusal.exists():
         reason = refusal.read_text(encoding="utf-8").strip()
         refusal.unlink()
@@ -113,8 +161,10 @@ def _recorded(run_dir: Path, end: End) -> End:
     return end
 
 
-def _train(job: Job, cluster: RayCluster, nodes: list[str], job_id: str, refusal: Path) -> End:
-    """Ray Train on these nodes; how it ended, as far as Ray knows."""
+def _train(
+    job: Job, cluster: RayCluster, nodes: list[str], job_id: str, refusal: Path, placed: Path, *, when_placed: Callable[[], None]
+) -> End:
+    """Ray Train on these nodes; how it ended, as far as Ray knows. when_placed: called once the machines are this run's alone."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -126,7 +176,7 @@ def _train(job: Job, cluster: RayCluster, nodes: list[str], job_id: str, refusal
     places = [{"ray.io/node-id": node} for node in nodes for _ in range(cluster.ranks_per_node)]
     trainer = TorchTrainer(
         run_rank,
-        train_loop_config={"attempt": Attempt(job, cluster, job_id, refusal, umask=_umask())},
+        train_loop_config={"attempt": Attempt(job, cluster, job_id, refusal, placed, umask=_umask())},
         # No TorchConfig: that would import torch in every worker, whose rank is a process of its own.
         torch_config=cast("TorchConfig", Meeting(cluster)),
         scaling_config=ScalingConfig(
@@ -146,6 +196,9 @@ def _train(job: Job, cluster: RayCluster, nodes: list[str], job_id: str, refusal
     # In a thread of its own: in the main one, fit() would take SIGINT for itself and end the ranks at once.
     with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
         running = pool.submit(trainer.fit)
+        while not running.done() and not placed.exists():
+            wait([running], timeout=_LOOK_SECONDS)
+        when_placed()
         error = running.exception()
     return end_of_error(error) if error else end_of_result(running.result())
 
@@ -159,10 +212,10 @@ def _umask() -> int:
 
 @final
 class _StopOnSignal:
-    """While a run is driven, a signal asks its ranks to commit and end, on whatever nodes they are."""
+    """While runs are driven, a signal asks their ranks to commit and end, on whatever nodes they are."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dirs: Sequence[Path]) -> None:
+        self.run_dirs = run_dirs
         self.received = False
 
     def __enter__(self) -> None:
@@ -177,7 +230,8 @@ class _StopOnSignal:
         if not self.received:
             sys.stderr.write(f"\n{signal.Signals(number).name}: stopping after this step\n")
         self.received = True
-        request_stop(self.run_dir)
+        for run_dir in self.run_dirs:
+            request_stop(run_dir)
 
 
 @final

@@ -48,6 +48,8 @@ class Attempt:
     job_id: str
     refusal: Path
     """Where rank 0 says that it was not allowed to begin."""
+    placed: Path
+    """What rank 0's worker makes once the attempt has its machines."""
     umask: int
     """Of the command: Ray's own may be stricter."""
 
@@ -134,6 +136,8 @@ def _start(attempt: Attempt, place: Place) -> subprocess.Popen[bytes]:
     if place.rank == 0:
         environment["HALFSTEP_REFUSAL"] = str(attempt.refusal)
     seen = run_dir.is_dir()  # where it is not, the ranks find out together
+    if place.rank == 0 and seen:
+        attempt.placed.touch()
     command = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *attempt.job.command(cluster.python or sys.executable)]
     with _output(run_dir if seen else None, place.rank) as output:
         # Inherited by the rank, which lets them in when it can answer them. This thread has no other use for them.

@@ -60,13 +60,12 @@ def submit(job: Job, cluster: SlurmCluster) -> None:
     sys.stderr.write(f"  halfstep status {job.path}      halfstep logs {job.path} --follow      halfstep stop {job.path}\n")
 
 
-def submit_sweep(folder: Path, cluster: SlurmCluster, *, allow_fresh: bool) -> None:
-    """Queue the runs of a sweep that are not done as one job array.
+def submit_sweep(folder: Path, cluster: SlurmCluster, *, kind: str, allow_fresh: bool) -> None:
+    """Queue the runs of a sweep that are not done as one job array; kind: train or distill.
 
     Raises: as submit."""
-    planned = plan_sweep(
-        folder, [number for number, run in enumerate(sweep_runs(folder)) if not is_done(run)], cluster, allow_fresh=allow_fresh
-    )
+    todo = [number for number, run in enumerate(sweep_runs(folder)) if not is_done(run)]
+    planned = plan_sweep(folder, todo, cluster, kind=kind, allow_fresh=allow_fresh)
     if not planned.script.array:
         sys.stderr.write(f"{folder}: every run of the sweep is done\n")
         return
@@ -79,11 +78,11 @@ def submit_sweep(folder: Path, cluster: SlurmCluster, *, allow_fresh: bool) -> N
     sys.stderr.write(f"queued as job array {job_id}: {len(planned.script.array)} runs of {folder}\n  halfstep status {folder}\n")
 
 
-def plan_sweep(folder: Path, elements: Sequence[int], cluster: SlurmCluster, *, allow_fresh: bool) -> Planned:
-    """The job array of a sweep: each element looks its run up."""
+def plan_sweep(folder: Path, elements: Sequence[int], cluster: SlurmCluster, *, kind: str = "train", allow_fresh: bool) -> Planned:
+    """The job array of a sweep: each element looks its run up, a chain runs in one element."""
     path = Path(os.path.abspath(folder))
-    command = [*_command("train", path, Job("train", path, {"allow_fresh": allow_fresh}), cluster), "--array"]
-    return Planned("train", path, Script(_name(path), path, command, tuple(elements)))
+    command = [*_command(kind, path, Job(kind, path, {"allow_fresh": allow_fresh}), cluster), "--array"]
+    return Planned(kind, path, Script(_name(path), path, command, tuple(elements)))
 
 
 def plan(job: Job, cluster: SlurmCluster, stages: Sequence[Path]) -> list[Planned]:

@@ -11,13 +11,13 @@ from data_shards.index import ShardIndex
 from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster, load_cluster
 from launch.data import data_folders, with_data
-from launch.dry_run import dry_run_sweep_text, dry_run_text
+from launch.dry_run import dry_run_text
 from launch.job import Job
 from launch.local import run_until_done
 from launch.models import with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
-from launch.sweep import combinations, is_sweep, run_name, write_sweep
+from launch.sweep import is_sweep
 from trainer.config import ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
@@ -47,7 +47,7 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
     """Train a recipe, or resume it where RUN_DIR holds its run; returns the run's exit code, 0 for one that is queued.
 
     Raises: ValueError for a recipe, cluster, data or folder that cannot be used."""
-    config, machines, folder = _prepare(recipe, overrides, how)
+    config, machines, folder = prepare(recipe, overrides, how)
     options: dict[str, object] = {"allow_fresh": how.allow_fresh}
     if how.dry_run:
         sys.stdout.write(dry_run_text(Job("train", folder, options), config, machines))
@@ -68,39 +68,6 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
     return code
 
 
-def start_sweep(recipe: str, overrides: Sequence[str], how: How) -> int:
-    """Train a recipe once for each combination of some values: a job array on Slurm, elsewhere one run after the other.
-
-    Returns the exit code of the first run that failed. Raises: ValueError as start_train, before anything starts."""
-    choices = combinations(how.sweep)
-    prepared = [_prepare(recipe, [*overrides, *chosen], how) for chosen in choices]
-    machines, folder = prepared[0][1:]
-    runs = [folder / run_name(number, chosen) for number, chosen in enumerate(choices)]
-    if how.dry_run:
-        configs = [config for config, _, _ in prepared]
-        sys.stdout.write(dry_run_sweep_text(folder, runs, configs, machines, allow_fresh=how.allow_fresh))
-        return DONE
-    if (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder}: holds a {'chain' if (folder / 'chain.json').exists() else 'run'}; give --sweep another --run-dir")
-    if is_queued(folder, machines, how):
-        return follow_queued(folder) if how.follow else DONE
-    with locked(folder) as lock:
-        write_sweep(folder, runs)
-        shared = folder / "shards" if all(config.data == prepared[0][0].data for config, _, _ in prepared) else None
-        packed = [
-            freeze_run(run, config, machines, shards_in=shared or run / "shards")
-            for run, (config, _, _) in zip(runs, prepared, strict=True)
-        ]
-        warn_of_shared_shards(packed[0], machines)
-        if isinstance(machines, SlurmCluster) and not how.here:
-            from launch.slurm import submit_sweep
-
-            submit_sweep(folder, machines, allow_fresh=how.allow_fresh)
-            return follow_queued(folder) if how.follow else DONE
-        codes = [launch_job(Job("train", run, {"allow_fresh": how.allow_fresh}), machines, how, lock) for run in runs]
-        return next((code for code in codes if code != DONE), DONE)
-
-
 def freeze_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shards_in: Path) -> list[Path]:
     """Make a RUN_DIR ready to start: data at hand, recipe and cluster frozen; returns the folders of its indexes.
 
@@ -118,14 +85,9 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
     """Run a chain of halvings, or go on with it; returns the exit code of the stage that ended it, 0 when all are done or queued.
 
     Raises: ValueError for a recipe, cluster, teacher, data or folder that cannot be used."""
-    config, machines, folder = _prepare(recipe, overrides, how)
+    config, machines, folder = prepare(recipe, overrides, how)
     options: dict[str, object] = {"allow_fresh": how.allow_fresh}
-    distill = config.distill
-    if distill is None:
-        raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
-    if distill.teacher is not None:
-        config = with_teacher(config, Path(distill.teacher))
-    check_ranks(config, machines.ranks, batch=distill.global_batch_size)
+    config = chain_config(recipe, config, machines)
     if how.dry_run:
         sys.stdout.write(dry_run_text(Job("distill", folder, options), config, machines))
         return DONE
@@ -136,15 +98,33 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
-        config = with_models(config, folder)
-        shards = data_folders(config, folder / "shards")
-        freeze_chain(folder, config, distill, shards=shards)
-        write_surroundings(folder, machines)
-        warn_of_shared_shards(shards, machines)
+        warn_of_shared_shards(freeze_chain_run(folder, config, machines, shards_in=folder / "shards"), machines)
         return launch_job(Job("distill", folder, options), machines, how, lock)
 
 
-def _prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig, ClusterConfig, Path]:
+def chain_config(recipe: str, config: RunConfig, machines: ClusterConfig) -> RunConfig:
+    """The recipe of a chain with what its teacher decides. Raises: ValueError without a distill section, or where the ranks do not fit."""
+    distill = config.distill
+    if distill is None:
+        raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
+    if distill.teacher is not None:
+        config = with_teacher(config, Path(distill.teacher))
+    check_ranks(config, machines.ranks, batch=distill.global_batch_size)
+    return config
+
+
+def freeze_chain_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shards_in: Path) -> list[Path]:
+    """Make a chain's directory ready to start, as freeze_run a run's; returns the folders of its indexes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = with_models(config, folder)
+    assert config.distill is not None, "a chain's recipe"
+    shards = data_folders(config, shards_in)
+    freeze_chain(folder, config, config.distill, shards=shards)
+    write_surroundings(folder, machines)
+    return shards
+
+
+def prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig, ClusterConfig, Path]:
     """Recipe, cluster and RUN_DIR, checked against each other."""
     own = [text for text in overrides if not text.startswith("cluster.")]
     config = load_recipe(recipe_path(recipe), own)

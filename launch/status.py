@@ -68,7 +68,7 @@ def print_status(path: Path, *, as_json: bool) -> int:
 def _statuses(path: Path, queue: Mapping[Path, Queued]) -> list[Status]:
     """A status for a run, for each stage that a chain trains, or for each run of a sweep."""
     if is_sweep(path):
-        return [run_status(run_dir, ended=None, job=queue.get(run_dir)) for run_dir in sweep_runs(path)]
+        return [_status_in_sweep(run_dir, queue, sweep=queue.get(path)) for run_dir in sweep_runs(path)]
     if not (path / "chain.json").exists():
         return [run_status(path, ended=None, job=queue.get(path))]
     ended = _ended(path) or ""
@@ -78,6 +78,17 @@ def _statuses(path: Path, queue: Mapping[Path, Queued]) -> list[Status]:
         run_status(stage, ended=_ended(stage) or ended, job=queue.get(stage) or (queue.get(path) if stage == at else None))
         for stage in stages
     ]
+
+
+def _status_in_sweep(run_dir: Path, queue: Mapping[Path, Queued], *, sweep: Queued | None) -> Status:
+    """One line for a run of a sweep, a chain's stages added up. sweep: the job that drives all of its runs, where one does."""
+    job = queue.get(run_dir)
+    if job is None and sweep is not None and read_end(run_dir) is None:
+        started = any(run_dir.glob("attempts.jsonl")) or any(run_dir.glob("*/attempts.jsonl"))  # of a chain in a stage
+        job = replace(sweep, run_dir=run_dir, state=sweep.state if started else "queued")
+    if (run_dir / "chain.json").exists():
+        return _overall(run_dir, _statuses(run_dir, queue), job)
+    return run_status(run_dir, ended=None, job=job)
 
 
 def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -> Status:

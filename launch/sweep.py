@@ -21,6 +21,16 @@ def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*map(_choices, sweeps)))
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The KEY=VALUE words of a command line: those that hold for every run, and those with several values between commas.
+
+    Raises: ValueError if none has several."""
+    several = [word for word in words if len(list(_split(word.partition("=")[2]))) > 1]
+    if not several:
+        raise ValueError("nothing to try: give KEY=V1,V2,... such as optim.learning_rate=1e-5,3e-5, or use `halfstep train`")
+    return [word for word in words if word not in several], several
+
+
 def run_name(number: int, overrides: Sequence[str]) -> str:
     """The folder of a run of a sweep: its number and what is special about it."""
     parts = (override.partition("=") for override in overrides)

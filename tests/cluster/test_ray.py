@@ -16,6 +16,7 @@ import pytest
 
 from launch.data import pack_faces
 from launch.submitted import submissions
+from launch.sweep import sweep_runs
 from tests.cluster.ray_cluster import RayPool, ray_pool
 from tests.distributed.runs import RECIPE, descendants, run, wait_until
 from trainer.config_io import load_recipe
@@ -203,6 +204,25 @@ def test_a_cluster_without_enough_nodes_ends_the_run_in_time_and_says_what_there
     assert "127.0.0.2 (0 CPU free)" in ended.stderr and "change cluster.nodes" in ended.stderr
     [end] = _ends(tmp_path / "run")
     assert (end["code"], end["decision"]) == (70, "stop")
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("over_http", [False, True])
+def test_the_runs_of_a_sweep_share_the_pool_and_end_in_the_bits_of_local_ones(
+    pool: RayPool, recipe: tuple[str, ...], tmp_path: Path, over_http: bool
+) -> None:
+    address = pool.dashboard if over_http else pool.address
+    words = [sys.executable, "-m", "launch", "sweep", str(RECIPE), "--cluster", "ray", "--run-dir", str(tmp_path / "seeds")]
+    words += ["seed=1,2,3,4,5", *recipe, "train.steps=16", f"cluster.address={address}", "cluster.ranks_per_node=2", "--follow"]
+    words += ["cluster.wait_for_nodes_minutes=1"]
+    ended = subprocess.run(words, env=pool.environment, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    runs = sweep_runs(tmp_path / "seeds")
+    for run_dir in runs:
+        [end] = _ends(run_dir)  # none of them was ever given machines that another one had
+        assert (end["code"], end["decision"]) == (0, "done") and len(_lines(run_dir)) == 16
+    assert (tmp_path / "seeds" / "report.html").exists()
+    _assert_same(runs[2], _local((*recipe, "seed=3", "train.steps=16"), tmp_path / "local" / "run", ranks=2))
 
 
 def test_a_job_is_not_submitted_over_the_network_without_a_token(recipe: tuple[str, ...], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from launch.cluster import ClusterConfig, LocalCluster, SlurmCluster, load_clust
 from launch.job import Job
 from launch.slurm import plan, plan_sweep
 from launch.slurm_script import render, template
-from launch.start import How, start_distill, start_sweep, start_train
+from launch.start import How, start_distill, start_train
+from launch.start_sweep import start_sweep
 from trainer.config import RunConfig
 from trainer.config_io import dump_yaml, load_recipe
 

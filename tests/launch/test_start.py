@@ -14,7 +14,8 @@ from data_shards.sources.faces import FacesSource
 from launch import __main__ as command_line
 from launch import start
 from launch.job import Job
-from launch.start import How, check_engine, start_distill, start_sweep, start_train
+from launch.start import How, check_engine, start_distill, start_train
+from launch.start_sweep import start_sweep
 from launch.submitted import Submission, record_submission, submissions
 from tests.launch.slurm_on_path import SlurmOnPath
 from trainer.config import EngineConfig, RunConfig
@@ -287,7 +288,11 @@ def test_a_sweep_is_one_array_of_what_is_not_done(site: SlurmOnPath, capsys: pyt
     finish(runs[2], 2)
     capsys.readouterr()
     assert start_sweep("recipe.yaml", [], seeds) == DONE
-    assert capsys.readouterr().err.endswith("run: every run of the sweep is done\n") and len(site.calls) == 2
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "run: every run of the sweep is done",
+        "to compare its runs:  halfstep report run --out run/report.html",
+    ]
+    assert len(site.calls) == 2
 
 
 def test_a_sweeps_folder_and_a_runs_are_kept_apart(site: SlurmOnPath) -> None:

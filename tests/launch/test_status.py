@@ -223,6 +223,20 @@ def test_a_sweep_as_a_whole_is_what_goes_on_in_it(
     assert isinstance(stages, list) and [stage["run_dir"] for stage in stages] == [str(path) for path in sorted(sweep.glob("0*"))]
 
 
+def test_a_sweep_of_chains_has_a_line_a_chain(chain: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = chain.parent
+    other = new_run(folder / "other", 10)
+    write_sweep(folder, [chain, other])
+    queue(chain, "17_0")
+    queue(other, "17_1")
+    slurm.job_is("17_0", "element running")
+    slurm.job_is("17_1", "element of a waiting array")
+    assert as_lines(folder, capsys) == [
+        "PATH/chain: running, step 10/30, job 17_0",
+        "PATH/other: queued, step 0/10, job 17_1 (Priority)",
+    ]
+
+
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
     """A chain of three stages, the first of which is done."""

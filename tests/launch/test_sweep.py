@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.sweep import combinations, is_sweep, run_name, run_of_element, sweep_runs, write_sweep
+from launch.sweep import combinations, is_sweep, run_name, run_of_element, split_words, sweep_runs, write_sweep
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,11 @@ def test_other_texts_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         combinations([text])
     assert str(caught.value) == f"--sweep {text}: wanted KEY=VALUE,VALUE,... such as --sweep optim.learning_rate=1e-5,3e-5"
+
+
+def test_words_with_several_values_are_swept_and_the_others_hold_for_all() -> None:
+    words = ["seed=1", "model.channels=[8,16]", "optim.learning_rate=1e-5,3e-5", "model.attention=[true],[false]"]
+    assert split_words(words) == (words[:2], words[2:])
 
 
 def test_a_sweep_varies_the_recipe_alone() -> None:
