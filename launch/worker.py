@@ -27,7 +27,7 @@ _JOBS = {
     "sample": "trainer.sample:sample_job",
     "evaluate": "trainer.evaluate:evaluate_job",
     "export": "trainer.export:export_job",
-    "report": "trainer.report:report_job",
+    "report": "trainer.report.job:report_job",
     "hash": "trainer.hash:hash_job",
     "plan": "trainer.plan.job:plan_job",
     "make-tiny": "trainer.tiny_models.make:make_tiny_job",

@@ -124,9 +124,7 @@ def picture_row(entry: Entry, home: Path) -> PictureRow:
     """An entry's pictures, read from home/pictures/ or drawn by all ranks together and kept there.
 
     Raises: PeerLost. Collective."""
-    path = home / _FOLDER / f"{entry.model}_{entry.steps:04d}_steps_{entry.source.weights_sha256[:8]}.png"
-    precision = entry.source.recipe.engine.precision
-    facts = {"weights_sha256": entry.source.weights_sha256, "sampler": entry.sampler, "precision": precision, "seed": PICTURES_SEED}
+    path, facts = _kept(entry, home)
     row = _read(path, entry, facts)
     if ranks.any_rank(row is None):
         row = _draw(entry)
@@ -135,6 +133,12 @@ def picture_row(entry: Entry, home: Path) -> PictureRow:
         ranks.barrier()
     assert row is not None, "all ranks read the row or all have drawn it"
     return row
+
+
+def kept_picture_row(entry: Entry, home: Path) -> PictureRow | None:
+    """An entry's pictures where they have been drawn already."""
+    path, facts = _kept(entry, home)
+    return _read(path, entry, facts)
 
 
 def overview_picture(pictures: Sequence[PictureRow]) -> Image.Image:
@@ -175,6 +179,13 @@ def rank_seconds_per_image(seconds: float, images: int) -> float:
         torch.tensor([seconds if images else 0.0, float(images)], dtype=torch.float64, device=ranks.device())
     ).sum(dim=0)
     return float(totals[0] / totals[1])
+
+
+def _kept(entry: Entry, home: Path) -> tuple[Path, dict[str, object]]:
+    """Where an entry's pictures are kept, and what the file has to say of them to be these."""
+    path = home / _FOLDER / f"{entry.model}_{entry.steps:04d}_steps_{entry.source.weights_sha256[:8]}.png"
+    precision = entry.source.recipe.engine.precision
+    return path, {"weights_sha256": entry.source.weights_sha256, "sampler": entry.sampler, "precision": precision, "seed": PICTURES_SEED}
 
 
 def _draw(entry: Entry) -> PictureRow:

@@ -14,7 +14,7 @@ from launch.local import run_job
 from tests.trainer.conftest import IMAGE_SIZE, WriteRun
 from trainer.evaluate import evaluate_job
 from trainer.evaluation import read_rows
-from trainer.report import report_job
+from trainer.report.job import report_job
 
 pytestmark = pytest.mark.distributed
 

@@ -13,7 +13,7 @@ _MOST_POINTS = 700
 @final
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot; a value that is not finite or not above 0 leaves a gap."""
+    """One line of a plot; a value that is not finite leaves a gap, on a logarithmic axis also one that is not above 0."""
 
     label: str
     xs: tuple[float, ...]
@@ -38,44 +38,55 @@ def smoothed(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(averages)
 
 
-def loss_plot(series: Sequence[Series], *, title: str, wide: bool = False) -> str:
+def loss_plot(
+    series: Sequence[Series], *, title: str, wide: bool = False, behind: Sequence[Series] = (), span: tuple[float, float] | None = None
+) -> str:
     """Losses over optimizer steps on a logarithmic axis: each raw line pale, its moving average on top.
 
-    wide: for a plot that has the page's width to itself; its style is shown on wide screens only."""
+    wide: for a plot that has the page's width to itself; its style is shown on wide screens only. behind: lines that stand pale
+    behind these, so that a plot of one run shows it among the others; they count for the axes. span: lowest and highest loss
+    shown; None for those of the lines."""
     width, height = (760, 260) if wide else (360, 200)
-    visible = [value for each in series for value in each.ys if _is_drawable(value)]
-    if not visible:
+    if not any(_is_drawable(value) for each in series for value in each.ys):
         return ""
-    averages = [smoothed(each.ys) for each in series]
-    # A first loss far above the rest would flatten the curve: the axis follows the averages and the bulk of the raw values.
-    ordered = sorted(visible)
-    bulk = [ordered[len(ordered) // 200], ordered[-1 - len(ordered) // 200]]
-    high = max(bulk[1], *(value for line in averages for value in line if _is_drawable(value)))
-    most = max(max(each.xs) for each in series)
-    frame = _Frame((0.0, max(most, 1.0)), (bulk[0] / 1.1, high * 1.1), width, height, log_x=False)
-    lines = []
-    for each, line in zip(series, averages, strict=True):
-        lines.append(f'<path class="raw" style="stroke:var({each.colour})" d="{frame.path(each.xs, each.ys)}"/>')
-        lines.append(f'<path class="line" style="stroke:var({each.colour})" d="{frame.path(each.xs, line)}"/>')
+    most = max(max(each.xs) for each in (*series, *behind) if each.xs)
+    frame = _Frame((0.0, max(most, 1.0)), span or loss_span([*series, *behind]), width, height, log_x=False)
+    lines = [f'<path class="behind" d="{frame.path(each.xs, smoothed(each.ys))}"/>' for each in behind]
+    for each in series:
+        if not behind:
+            lines.append(f'<path class="raw" style="stroke:var({each.colour})" d="{frame.path(each.xs, each.ys)}"/>')
+        lines.append(f'<path class="line" style="stroke:var({each.colour})" d="{frame.path(each.xs, smoothed(each.ys))}"/>')
     body = frame.grid_y() + frame.ticks_x(_round_ticks(most)) + "".join(lines)
     return _svg(width, height, f"{title}: loss over optimizer steps, logarithmic", body, style="plot wide" if wide else "plot")
 
 
-def distance_plot(series: Sequence[Series], *, title: str) -> str:
-    """Distances over sampling steps, both logarithmic, a dot for every measured row."""
-    width, height = 460, 270
-    points = [(x, y) for each in series for x, y in zip(each.xs, each.ys, strict=True) if _is_drawable(y)]
+def loss_span(series: Sequence[Series]) -> tuple[float, float]:
+    """Lowest and highest loss of an axis: a first loss far above the rest would flatten the curves, so it follows the averages and
+    the bulk of the raw values."""
+    ordered = sorted(value for each in series for value in each.ys if _is_drawable(value))
+    high = max([ordered[-1 - len(ordered) // 200], *(value for each in series for value in smoothed(each.ys) if _is_drawable(value))])
+    return ordered[len(ordered) // 200] / 1.1, high * 1.1
+
+
+def steps_plot(series: Sequence[Series], *, title: str, small: bool = False) -> str:
+    """A number over sampling steps, these logarithmic, a dot for every row; the number too, where it spans a factor above 0."""
+    width, height = (360, 210) if small else (460, 270)
+    points = [(x, y) for each in series for x, y in zip(each.xs, each.ys, strict=True) if math.isfinite(y)]
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    frame = _Frame((min(xs) / 1.25, max(xs) * 1.25), (min(ys) / 1.3, max(ys) * 1.3), width, height, log_x=True)
+    low, high = min(ys), max(ys)
+    log_y = low > 0 and high > 2 * low
+    margin = 0.08 * (high - low) or max(abs(high), 1e-9) * 0.1
+    span_y = (low / 1.3, high * 1.3) if log_y else (low - margin, high + margin)
+    frame = _Frame((min(xs) / 1.25, max(xs) * 1.25), span_y, width, height, log_x=True, log_y=log_y)
     body = frame.grid_y() + frame.ticks_x(sorted(set(xs)))
     for each in series:
         body += f'<path class="line" style="stroke:var({each.colour})" d="{frame.path(each.xs, each.ys)}"/>'
         for x, y in zip(each.xs, each.ys, strict=True):
-            if _is_drawable(y):
+            if math.isfinite(y):
                 note = f"{each.label}, {x:g} {'step' if x == 1 else 'steps'}: {y:.3g}"
-                place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="4"'
+                place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{3 if small else 4}"'
                 body += f'<circle {place} style="fill:var({each.colour})"><title>{escape(note)}</title></circle>'
     return _svg(width, height, title, body)
 
@@ -95,22 +106,21 @@ def sparkline(values: Sequence[float]) -> str:
 @final
 @dataclass(frozen=True)
 class _Frame:
-    """A plot's axes: y is logarithmic, x on request."""
+    """A plot's axes, each logarithmic or straight."""
 
     span_x: tuple[float, float]
     span_y: tuple[float, float]
     width: int
     height: int
     log_x: bool
+    log_y: bool = True
 
     def x(self, value: float) -> float:
-        low, high = self.span_x
-        share = math.log(value / low) / math.log(high / low) if self.log_x else (value - low) / (high - low)
-        return _LEFT + share * (self.width - _LEFT - _RIGHT)
+        return _LEFT + _share(value, self.span_x, log=self.log_x) * (self.width - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self.span_y
-        share = math.log(min(max(value, low), high) / low) / math.log(high / low)
+        share = _share(min(max(value, low), high), self.span_y, log=self.log_y)
         return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
 
     def path(self, xs: Sequence[float], ys: Sequence[float]) -> str:
@@ -118,7 +128,7 @@ class _Frame:
         every = max(1, len(xs) // _MOST_POINTS)
         commands, pen = [], "M"
         for number in [*range(0, len(xs) - 1, every), len(xs) - 1]:
-            if _is_drawable(ys[number]):
+            if _is_drawable(ys[number]) if self.log_y else math.isfinite(ys[number]):
                 commands.append(f"{pen}{self.x(xs[number]):.1f} {self.y(ys[number]):.1f}")
                 pen = "L"
             else:
@@ -128,7 +138,7 @@ class _Frame:
     def grid_y(self) -> str:
         """Horizontal lines with their values."""
         parts = []
-        for value in _log_ticks(*self.span_y):
+        for value in _log_ticks(*self.span_y) if self.log_y else _straight_ticks(*self.span_y):
             height = f"{self.y(value):.1f}"
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{self.width - _RIGHT}" y1="{height}" y2="{height}"/>')
             parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{height}" dy="0.32em">{number_text(value)}</text>')
@@ -158,6 +168,12 @@ def number_text(value: float) -> str:
     return f"{float(digits):g}e{int(exponent)}"
 
 
+def _share(value: float, span: tuple[float, float], *, log: bool) -> float:
+    """Where a value lies on an axis, from 0 to 1."""
+    low, high = span
+    return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+
+
 def _is_drawable(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -170,6 +186,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= fewest:
             return ticks if len(ticks) <= 7 else ticks[:: -(-len(ticks) // 6)]
     return [low * (high / low) ** (number / 3) for number in range(4)]
+
+
+def _straight_ticks(low: float, high: float) -> list[float]:
+    """Three to six round values on a straight axis."""
+    unit = 10.0 ** math.floor(math.log10(high - low))
+    step = next(factor * unit for factor in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if (high - low) / (factor * unit) <= 6)
+    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _round_ticks(most: float) -> list[float]:

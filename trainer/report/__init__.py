@@ -1,0 +1,1 @@
+"""`halfstep report`: what directories hold, gathered, and written as one self-contained page."""
