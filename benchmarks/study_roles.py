@@ -62,8 +62,14 @@ QUICK = Size(
     samples=64,
     images=32,
     draw_steps=4,
-    settings=("model.channels=[16,32]", "model.attention=[false,true]", "model.attention_heads=2", "train.steps=30"),
-    tuning=("train.steps=20", "lr_schedule.warmup_steps=2"),
+    settings=(
+        "model.channels=[16,32]",
+        "model.attention=[false,true]",
+        "model.attention_heads=2",
+        "train.steps=30",
+        "lr_schedule.warmup_steps=3",
+    ),
+    tuning=("train.steps=20",),
     distill=("distill.updates=2",),
 )
 

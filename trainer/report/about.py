@@ -72,6 +72,7 @@ def settings_of(recipe: RunConfig) -> dict[str, str]:
     named = {
         "train.steps": recipe.train.steps,
         "data.shards": _place(recipe.data.shards),
+        "data.role": recipe.data.role,
         "data.mixture": [_place(source.shards) for source in recipe.data.mixture],
         "model.base": _place(base_of(recipe)),
     }
@@ -91,6 +92,7 @@ def facts_of(directory: Path) -> tuple[tuple[str, str], ...]:
             *_network_facts(recipe),
             ("Optimizer", learning),
             ("Precision and seed", f"{recipe.engine.precision}, seed {recipe.seed}"),
+            *([("Role of the data", recipe.data.role.replace("_", " "))] if recipe.data.role else []),
         ]
     # a chain's stages share the chain's surroundings
     environments = [place / "environment.json" for place in (directory, directory.parent) if (place / "environment.json").exists()]
