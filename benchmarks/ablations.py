@@ -26,7 +26,6 @@ from trainer.sample import draw_images, png
 from trainer.source import load_source
 
 STYLE, HELD_OUT, SHOWN = "open-peeps", 512, 3
-BASE = "8 heads, 3,000 images"
 
 
 @final
@@ -62,7 +61,7 @@ def variants(size: Size) -> dict[str, tuple[int, tuple[str, ...]]]:
     few, base, many = size.counts
     attends, none = f"model.channels={size.channels}", ("model.attention=[false,false,false,false]", f"model.channels={size.convolution}")
     return {
-        BASE: (base, (attends,)),
+        f"8 heads, {base:,} images": (base, (attends,)),
         "2 heads": (base, (attends, "model.attention_heads=2")),
         "4 heads": (base, (attends, "model.attention_heads=4")),
         "convolutions": (base, none),

@@ -9,7 +9,7 @@ from typing import final
 
 from PIL import Image, ImageDraw, ImageFont
 
-_SIZE, _LEFT, _RIGHT, _TOP, _BOTTOM = (760, 520), 78, 20, 44, 64
+_SIZE, _LEFT, _RIGHT, _TOP, _BOTTOM = (920, 480), 70, 260, 56, 64
 _COLOURS = ("#1f6fb4", "#d4502a", "#3d8f4f", "#8a56a8", "#7a7a7a", "#b58a1c")
 _INK, _GRID = "#222222", "#e2e2e2"
 
@@ -61,7 +61,7 @@ def line_plot(title: str, ticks: Sequence[str], lines: Sequence[Line], *, x_labe
             _stroke(draw, start, end, colour, dashed=line.dashed)
         for at_x, at_y in points:
             draw.ellipse((at_x - 3, at_y - 3, at_x + 3, at_y + 3), fill="white" if line.dashed else colour, outline=colour, width=2)
-    _legend(draw, lines, small, right=width - _RIGHT - 6)
+    _legend(draw, lines, small, left=width - _RIGHT + 14)
     return picture
 
 
@@ -76,9 +76,9 @@ def beside(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _round_values(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in between."""
+    """1, 1.5, 2, 3, 5 and 7 times powers of ten in between."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [value for decade in decades for step in (1, 2, 5) if low <= (value := step * 10.0**decade) <= high]
+    return [value for decade in decades for step in (1, 1.5, 2, 3, 5, 7) if low <= (value := step * 10.0**decade) <= high]
 
 
 def _stroke(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: str, *, dashed: bool) -> None:
@@ -91,8 +91,8 @@ def _stroke(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[fl
         draw.line((*ends[0], *ends[1]), colour, 2)
 
 
-def _legend(draw: ImageDraw.ImageDraw, lines: Sequence[Line], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, right: int) -> None:
+def _legend(draw: ImageDraw.ImageDraw, lines: Sequence[Line], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, left: int) -> None:
     for number, line in enumerate(lines):
-        colour, at_y = _COLOURS[line.colour % len(_COLOURS)], _TOP + 12 + 18 * number
-        draw.text((right, at_y), line.name, _INK, font, anchor="rm")
-        _stroke(draw, (right - 200, at_y), (right - 172, at_y), colour, dashed=line.dashed)
+        at_y = _TOP + 12 + 19 * number
+        _stroke(draw, (left, at_y), (left + 30, at_y), _COLOURS[line.colour % len(_COLOURS)], dashed=line.dashed)
+        draw.text((left + 38, at_y), line.name, _INK, font, anchor="lm")
