@@ -27,6 +27,7 @@ from launch.arguments import (
     end,
     existing,
     existing_file,
+    existing_source,
     step_counts,
 )
 from launch.shards.commands import shards
@@ -232,7 +233,7 @@ def sample(
         "decoder_steps": decoder_steps,
         "decoder_guidance": decoder_guidance,
     }
-    end(_run("sample", existing(source), options, ranks=ranks))
+    end(_run("sample", existing_source(source), options, ranks=ranks))
 
 
 @app.command()
@@ -255,7 +256,7 @@ def evaluate(
         "seed": seed,
         "out": str(out),
     }
-    end(_run("evaluate", existing(source), options, ranks=ranks))
+    end(_run("evaluate", existing_source(source), options, ranks=ranks))
 
 
 @app.command()
@@ -306,7 +307,7 @@ def export(
 
     Example:  halfstep export runs/cartoons --merged --out cartoons"""
     options = {"out": None if out is None else str(out), "steps": steps, "ema": ema, "merged": merged, "push": push}
-    end(_run("export", existing(run_dir), options, ranks=1))
+    end(_run("export", existing_source(run_dir), options, ranks=1))
 
 
 @app.command()
@@ -448,7 +449,7 @@ def make_tiny(
     """Write a small random model with the structure of a well-known one, to try a recipe without a download.
 
     Kinds: stable_diffusion, stable_diffusion_v, stable_diffusion_inpainting, stable_diffusion_xl, wuerstchen_prior,
-    kandinsky22_prior, kandinsky22_decoder, autoencoder, clip, blip.
+    kandinsky22_prior, kandinsky22_decoder, ddpm, autoencoder, clip, blip.
 
     Example:  halfstep make-tiny stable_diffusion_v tiny-sd"""
     from trainer.tiny_models.kinds import check_kind

@@ -34,7 +34,10 @@ Sweep = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=V1,V2,...", help="A run for each value, below the run's folder; given twice, for each combination."),
 ]
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's directory, a chain's, an export, or a pipeline's folder.")]
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="A run's directory, a chain's, an export, a pipeline's folder, or the Hub id of a pixel model."),
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's or a chain's directory.")]
 SamplerOption = Annotated[
     str | None,
@@ -57,6 +60,13 @@ def existing(directory: Path) -> Path:
     if not directory.is_dir():
         raise ValueError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}; give one that halfstep wrote")
     return directory
+
+
+def existing_source(source: Path) -> Path:
+    """The directory itself, or a Hub id. Raises: ValueError if it is neither."""
+    from launch.models import is_hub_id
+
+    return source if is_hub_id(str(source)) else existing(source)
 
 
 def existing_file(file: Path) -> Path:

@@ -9,43 +9,77 @@ from typing import TypeVar
 
 from data_shards.files import json_text, replace_file
 from launch.data import with_data
+from launch.models import is_hub_id, placed, teacher_place
 from launch.run_dir import freeze
 from trainer.config import (
+    BaseNoiseSchedule,
+    DdpmConfig,
     DenoisingConfig,
     DistillConfig,
     EmaConfig,
     ModelConfig,
+    NoiseScheduleConfig,
     ProgressiveDistillationConfig,
     RunConfig,
+    Section,
     TinyUNetConfig,
     pixel_objective,
     student_counts,
 )
 from trainer.config_io import load_recipe
 from trainer.stages import stage_name
+from trainer.stock import is_stock, stock_recipe
 
 _Number = TypeVar("_Number", int, float)
 
 
-def with_teacher(config: RunConfig, teacher: Path) -> RunConfig:
+def with_teacher(config: RunConfig, teacher: str | Path) -> RunConfig:
     """The recipe with the sections that a trained teacher decides: model, noise schedule and prediction.
 
+    teacher: the folder of a run, an export or a stock pipeline, or the Hub id of one.
     Raises: ValueError if the recipe sets one of them and the teacher was trained with another."""
-    if not (teacher / "recipe.yaml").exists() or (teacher / "chain.json").exists():
-        raise ValueError(f"distill.teacher={teacher}: wanted the folder of one run or export, such as a chain's stage_00_1000_steps")
-    recipe = load_recipe(teacher / "recipe.yaml", ())
+    recipe = _teachers_recipe(str(teacher))
     if not isinstance(recipe.objective, DenoisingConfig):
         raise ValueError(f"distill.teacher={teacher}: is a student already; give the teacher that its chain began with")
-    taken = {"model": _begun(recipe.model), "noise_schedule": recipe.noise_schedule}
-    for section, its in taken.items():
-        if section in config.model_fields_set and getattr(config, section) != its:
+    taken: dict[str, ModelConfig | NoiseScheduleConfig] = {"model": _begun(recipe.model), "noise_schedule": recipe.noise_schedule}
+    for section, theirs in taken.items():
+        given = getattr(config, section)
+        if section in config.model_fields_set and not _agree(given, theirs):
             raise ValueError(
-                f"{section} is {getattr(config, section)}, but the teacher {teacher} was trained with {its}; "
+                f"{section} is {given}, but the teacher {teacher} was trained with {theirs}; "
                 f"leave {section} out of the recipe to take the teacher's"
             )
     merged = config.model_copy(update={**taken, "objective": recipe.objective})
     merged.check()
     return merged
+
+
+def _teachers_recipe(teacher: str) -> RunConfig:
+    """What a teacher was trained with; of a stock pipeline what its scheduler says."""
+    folder = Path(placed("distill.teacher", teacher))
+    if is_hub_id(teacher):
+        name, _, revision = teacher.partition("@")
+        return stock_recipe(name, revision=revision or None)
+    if is_stock(folder):
+        return stock_recipe(os.path.abspath(teacher))
+    if not (folder / "recipe.yaml").exists() or (folder / "chain.json").exists():
+        raise ValueError(
+            f"distill.teacher={teacher}: wanted the folder of one run or export, such as a chain's stage_00_1000_steps, "
+            "a stock pipeline's folder, or its Hub id"
+        )
+    recipe = load_recipe(folder / "recipe.yaml", ())
+    if isinstance(recipe.model, DdpmConfig) and (folder / "model_index.json").exists():
+        # An export's recipe names a base that may not be here, and the export is one itself.
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": os.path.abspath(teacher), "revision": None})})
+    return recipe
+
+
+def _agree(given: Section, theirs: Section) -> bool:
+    """Whether a section of the recipe says what the teacher's says, or leaves it to the base."""
+    if isinstance(given, DdpmConfig) and isinstance(theirs, DdpmConfig):
+        bases = [os.path.abspath(model.base) if os.path.isdir(model.base) else model.base for model in (given, theirs)]
+        return bases[0] == bases[1] and given.revision in (None, theirs.revision) and given.dropout in (None, theirs.dropout)
+    return given == theirs or isinstance(given, BaseNoiseSchedule)
 
 
 def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path | Sequence[Path]) -> None:
@@ -59,12 +93,13 @@ def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, 
         stages = [{"name": teacher, "steps": levels, "run_dir": teacher}]
         freeze(chain_dir / teacher, _stage_config(config, chain_dir / teacher, shards), shards=shards, steps_fixed=True)
     else:
-        teacher = os.path.abspath(distill.teacher)
+        teacher = teacher_place(distill.teacher, getattr(config.model, "revision", None))
         stages = [{"name": "teacher", "steps": config.noise_schedule.steps, "run_dir": teacher}]
+    names = stage_names(config, distill)
     for number, (teacher_steps, steps) in enumerate(pairwise(counts), start=1):
         name = stage_name(number, steps)
         stage = student_config(config, distill, number=number, teacher_steps=teacher_steps, steps=steps)
-        source = teacher if os.path.isabs(teacher) else f"../{teacher}"
+        source = f"../{teacher}" if teacher in names else teacher
         stage = stage.model_copy(update={"objective": stage.objective.model_copy(update={"teacher": source})})
         freeze(chain_dir / name, _stage_config(stage, chain_dir / name, shards), shards=shards, steps_fixed=True)
         stages.append({"name": name, "steps": steps, "run_dir": name})

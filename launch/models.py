@@ -21,7 +21,7 @@ def with_models(config: RunConfig, run_dir: Path) -> RunConfig:
 
     Raises: ValueError if a folder is not there, or the Hub knows no such model; ConnectionError if it can't be reached."""
     given = {name: value for name in _FIELDS if isinstance(value := getattr(config.model, name, None), str)}
-    update: dict[str, object] = {name: _placed(f"model.{name}", value) for name, value in given.items()}
+    update: dict[str, object] = {name: placed(f"model.{name}", value) for name, value in given.items()}
     base = update.get("base")
     if isinstance(base, str) and not os.path.isabs(base):
         update["revision"] = _revision(config, base, run_dir)
@@ -32,8 +32,8 @@ def with_models(config: RunConfig, run_dir: Path) -> RunConfig:
         config = config.model_copy(update={"model": config.model.model_copy(update=update)})
     clip = config.validation.clip
     if clip is not None:
-        placed = _placed("validation.clip", clip)
-        config = config.model_copy(update={"validation": config.validation.model_copy(update={"clip": placed})})
+        update = {"clip": placed("validation.clip", clip)}
+        config = config.model_copy(update={"validation": config.validation.model_copy(update=update)})
     return config
 
 
@@ -44,8 +44,24 @@ def _finished(start: str) -> str:
     return os.path.abspath(start)
 
 
-def _placed(key: str, text: str) -> str:
-    """A folder or file by its absolute path, a Hub id as it is."""
+def teacher_place(teacher: str, revision: str | None = None) -> str:
+    """A teacher as ranks look for it from RUN_DIR: a folder's absolute path, or a Hub id where there is no such folder.
+
+    revision: of a Hub id that names none itself."""
+    if os.path.exists(teacher) or not is_hub_id(teacher):
+        return os.path.abspath(teacher)
+    return teacher if "@" in teacher or revision is None else f"{teacher}@{revision}"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text that is no path here is a Hub id rather than a mistyped path, whose first folder is here."""
+    return _HUB_ID.fullmatch(text) is not None and not os.path.exists(text) and not os.path.isdir(text.partition("/")[0])
+
+
+def placed(key: str, text: str) -> str:
+    """A folder or file by its absolute path, a Hub id as it is. key: of the recipe, for messages.
+
+    Raises: ValueError if it is neither."""
     if os.path.exists(text):
         return os.path.abspath(text)
     looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") != 1

@@ -1,6 +1,5 @@
 """From a recipe to running ranks: shards packed where the recipe asks for it, folders frozen, ranks started."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from launch.data import data_folders, with_data
 from launch.dry_run import dry_run_text
 from launch.job import Job
 from launch.local import run_until_done
-from launch.models import with_models
+from launch.models import is_hub_id, teacher_place, with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.sweep import is_sweep
 from trainer.config import ProgressiveDistillationConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
+from trainer.stock import is_stock
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def chain_config(recipe: str, config: RunConfig, machines: ClusterConfig) -> Run
     if distill is None:
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
     if distill.teacher is not None:
-        config = with_teacher(config, Path(distill.teacher))
+        config = with_teacher(config, distill.teacher)
     check_ranks(config, machines.ranks, batch=distill.global_batch_size)
     return config
 
@@ -116,10 +116,13 @@ def chain_config(recipe: str, config: RunConfig, machines: ClusterConfig) -> Run
 def freeze_chain_run(folder: Path, config: RunConfig, machines: ClusterConfig, *, shards_in: Path) -> list[Path]:
     """Make a chain's directory ready to start, as freeze_run a run's; returns the folders of its indexes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = with_models(config, folder)
-    assert config.distill is not None, "a chain's recipe"
+    distill = config.distill
+    assert distill is not None, "a chain's recipe"
+    teacher = distill.teacher
+    if teacher is None or is_stock(Path(teacher)) or is_hub_id(teacher):
+        config = with_models(config, folder)  # a run's or an export's own recipe has done so, and no student needs the base itself
     shards = data_folders(config, shards_in)
-    freeze_chain(folder, config, config.distill, shards=shards)
+    freeze_chain(folder, config, distill, shards=shards)
     write_surroundings(folder, machines)
     return shards
 
@@ -238,5 +241,5 @@ def _with_absolute_teacher(config: RunConfig) -> RunConfig:
     """A teacher's path as the user's directory sees it, for ranks that look from RUN_DIR."""
     if not isinstance(config.objective, ProgressiveDistillationConfig):
         return config
-    teacher = os.path.abspath(config.objective.teacher)
+    teacher = teacher_place(config.objective.teacher, getattr(config.model, "revision", None))
     return config.model_copy(update={"objective": config.objective.model_copy(update={"teacher": teacher})})

@@ -26,7 +26,7 @@ from launch.start import (
     warn_of_shared_shards,
 )
 from launch.sweep import combinations, run_name, sweep_runs, write_sweep
-from trainer.config import RunConfig, TinyUNetConfig
+from trainer.config import PixelModelConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import CALL_AGAIN, DONE, INTERRUPTED
 
@@ -88,7 +88,7 @@ def report_sweep(folder: Path, quality: Quality | None) -> int:
     machines = LocalCluster(threads_per_rank=os.cpu_count() or 1)
     for run in runs if quality else ():
         assert quality is not None, "the loop's own condition"
-        if committed_steps(run) and isinstance(load_recipe(run / "recipe.yaml", ()).model, TinyUNetConfig):
+        if committed_steps(run) and isinstance(load_recipe(run / "recipe.yaml", ()).model, PixelModelConfig):
             options: dict[str, object] = {
                 "reference": str(quality.reference),
                 "steps": quality.steps,

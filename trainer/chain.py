@@ -38,5 +38,7 @@ def read_chain(path: Path) -> tuple[ChainStage, ...]:
 def _stage(file: Path, number: int, entry: object) -> ChainStage:
     match entry:
         case {"name": str(name), "steps": int(steps), "run_dir": str(run_dir)}:
-            return ChainStage(name=name, steps=steps, run_dir=file.parent / run_dir, trained_here=not Path(run_dir).is_absolute())
+            # The chain's own stages lie in its folder; with a slash it is an absolute path or a Hub id.
+            here = "/" not in run_dir
+            return ChainStage(name=name, steps=steps, run_dir=file.parent / run_dir if here else Path(run_dir), trained_here=here)
     raise ValueError(f"{file}: stage {number} is {entry!r}, wanted an object with name, steps (an integer) and run_dir")

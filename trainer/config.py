@@ -31,6 +31,7 @@ from trainer.config_sections import (
     CosineLRSchedule,
     CosineNoiseSchedule,
     CountOrZero,
+    DdpmConfig,
     DenoisingConfig,
     DenoisingLoss,
     DistillationLoss,
@@ -70,6 +71,7 @@ __all__ = [
     "CosineLRSchedule",
     "CosineNoiseSchedule",
     "DataConfig",
+    "DdpmConfig",
     "DenoisingConfig",
     "DenoisingLoss",
     "DistillConfig",
@@ -96,6 +98,7 @@ __all__ = [
     "NumericConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "PixelModelConfig",
     "Prediction",
     "Problem",
     "ProgressiveDistillationConfig",
@@ -115,8 +118,10 @@ __all__ = [
     "student_counts",
 ]
 
+PixelModelConfig = TinyUNetConfig | DdpmConfig
 ModelConfig = Annotated[
     TinyUNetConfig
+    | DdpmConfig
     | AutoencoderConfig
     | LatentBaseConfig
     | StableDiffusionConfig
@@ -130,7 +135,8 @@ ObjectiveConfig = Annotated[
 ]
 
 # Objective and noise schedule of a recipe that says nothing of them, by its kind of model.
-_LATENT_DEFAULTS = {
+_DEFAULTS = {
+    "ddpm": ("denoising", "base"),
     "autoencoder": ("autoencoding", "cosine_clamped"),
     "latent_base": ("latent_denoising", "scaled_linear"),
     "stable_diffusion": ("latent_denoising", "base"),
@@ -138,6 +144,9 @@ _LATENT_DEFAULTS = {
     "kandinsky22_prior": ("latent_denoising", "base"),
     "kandinsky22_decoder": ("latent_denoising", "base"),
 }
+
+# Objectives whose prediction is a pixel base's own unless it is given.
+_BASE_PREDICTS = ("denoising", "progressive_distillation")
 
 # What a resume may change: where and how often, never what is computed. The indexes' sha256 stand for data.shards and data.mixture,
 # those of their weights, in each checkpoint, for models.
@@ -219,7 +228,11 @@ class RunConfig(Section):
             recipe = {**recipe, "model": {"kind": TinyUNetConfig().kind, **model}}
         kinds = {name: {"kind": kind} for name, kind in kinds_of_family(recipe).items()}
         given = {name: {**kinds[name], **recipe[name]} for name in kinds if isinstance(recipe.get(name), dict)}
-        return {**kinds, **recipe, **given}
+        recipe = {**kinds, **recipe, **given}
+        objective = recipe.get("objective")
+        if kinds and isinstance(objective, dict) and objective.get("kind") in _BASE_PREDICTS:
+            recipe = {**recipe, "objective": {"prediction": "base", **objective}}
+        return recipe
 
     @property
     def micro_batches(self) -> int:
@@ -258,18 +271,18 @@ class RunConfig(Section):
 
 
 def kinds_of_family(recipe: Mapping[str, object]) -> dict[str, str]:
-    """Kinds of the sections that follow the kind of a latent recipe's model where they name none; empty for others."""
+    """Kinds of the sections that follow the kind of a recipe's model where they name none; empty for models that have no such."""
     model = recipe.get("model")
     kind = model.get("kind") if isinstance(model, dict) else None
-    if not isinstance(kind, str) or kind not in _LATENT_DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         return {}
-    return dict(zip(("objective", "noise_schedule"), _LATENT_DEFAULTS[kind], strict=True))
+    return dict(zip(("objective", "noise_schedule"), _DEFAULTS[kind], strict=True))
 
 
 def pixel_model(config: RunConfig) -> TinyUNetConfig:
-    """The model section of a pixel model's recipe. Raises: ValueError for a latent model's."""
+    """The model section of a pixel model's recipe that starts from scratch. Raises: ValueError for another model's."""
     if not isinstance(config.model, TinyUNetConfig):
-        raise ValueError(f"model.kind={config.model.kind} works on latents; wanted a pixel model, model.kind=tiny_unet")
+        raise ValueError(f"model.kind={config.model.kind} does not start from scratch on pixels; wanted model.kind=tiny_unet")
     return config.model
 
 
@@ -288,7 +301,7 @@ def student_counts(distill: DistillConfig) -> tuple[int, ...]:
 def identity(config: RunConfig) -> dict[str, object]:
     """The part of a recipe that a resume must not change, as dotted keys and plain values."""
     # Runs of pixel models from before there were others go on: what does not concern them is no part of their identity.
-    free = (*_NOT_IDENTITY, "adaptation", "dreambooth") if isinstance(config.model, TinyUNetConfig) else _NOT_IDENTITY
+    free = (*_NOT_IDENTITY, "adaptation", "dreambooth") if isinstance(config.model, PixelModelConfig) else _NOT_IDENTITY
     values = dict(_leaves(config.model_dump(mode="json"), ""))
     return {key: value for key, value in values.items() if not any(key == name or key.startswith(f"{name}.") for name in free)}
 

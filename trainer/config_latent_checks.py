@@ -10,12 +10,13 @@ from trainer.config_latent import (
     LoraAdaptation,
     StableDiffusionConfig,
 )
-from trainer.config_sections import Problem, TinyUNetConfig
+from trainer.config_sections import DdpmConfig, DenoisingConfig, Problem, ProgressiveDistillationConfig, TinyUNetConfig
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
-_OBJECTIVES = {"tiny_unet": ("denoising", "progressive_distillation"), "autoencoder": ("autoencoding",)}
+_OF_PIXELS = ("denoising", "progressive_distillation")
+_OBJECTIVES = {"tiny_unet": _OF_PIXELS, "ddpm": _OF_PIXELS, "autoencoder": ("autoencoding",)}
 
 
 def latent_problems(config: "RunConfig") -> Iterator[Problem]:
@@ -28,15 +29,19 @@ def latent_problems(config: "RunConfig") -> Iterator[Problem]:
     from_scratch = isinstance(model, TinyUNetConfig | AutoencoderConfig | LatentBaseConfig)
     if from_scratch and config.noise_schedule.kind == "base":
         yield Problem(("noise_schedule.kind", "model.kind"), f"{model.kind} has no base; set noise_schedule.kind=scaled_linear")
-    if not from_scratch and config.noise_schedule.kind != "base":
+    if isinstance(objective, DenoisingConfig | ProgressiveDistillationConfig) and objective.prediction == "base" and from_scratch:
+        yield Problem(("objective.prediction", "model.kind"), f"{model.kind} has no base; set objective.prediction=v")
+    # of a pixel base they may be given, and are compared with its own
+    if not from_scratch and not isinstance(model, DdpmConfig) and config.noise_schedule.kind != "base":
         text = f"the noise levels of a base are its own, not {config.noise_schedule.kind}"
         yield Problem(("noise_schedule.kind", "model.kind"), f"{text}; set noise_schedule.kind=base")
-    if isinstance(config.adaptation, LoraAdaptation) and from_scratch:
-        yield Problem(("adaptation.kind", "model.kind"), f"{model.kind} has no base to adapt; set adaptation.kind=full")
+    if isinstance(config.adaptation, LoraAdaptation) and (from_scratch or isinstance(model, DdpmConfig)):
+        text = "is trained whole" if isinstance(model, DdpmConfig) else "has no base to adapt"
+        yield Problem(("adaptation.kind", "model.kind"), f"{model.kind} {text}; set adaptation.kind=full")
     if config.dreambooth is not None and not isinstance(model, StableDiffusionConfig):
         yield Problem(("dreambooth", "model.kind"), "DreamBooth here is of Stable Diffusion; set dreambooth=null")
     yield from _class_problems(config)
-    if config.distill is not None and not isinstance(model, TinyUNetConfig):
+    if config.distill is not None and not isinstance(model, TinyUNetConfig | DdpmConfig):
         yield Problem(("distill", "model.kind"), f"halvings are of pixel models, not of {model.kind}; leave the distill section out")
     if isinstance(objective, LatentDenoisingConfig):
         yield from _objective_problems(config, objective)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Prediction = Literal["v", "eps", "x_0"]
+PredictionOrBase = Literal["v", "eps", "x_0", "base"]
 Sampler = Literal["ddim", "ancestral"]
 DenoisingLoss = Literal["mse", "x_mse", "eps_mse", "v_mse", "min_snr", "snr_trunc"]
 DistillationLoss = Literal["v_mse", "x_mse", "eps_mse", "min_snr", "snr_trunc"]
@@ -102,13 +103,26 @@ def _listed(numbers: Iterable[float]) -> str:
     return ", ".join(map(str, numbers))
 
 
+class DdpmConfig(Section):
+    """A pixel model that diffusers knows, fine-tuned or halved: any UNet2DModel with a DDPM or DDIM scheduler beside it."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    """Model family."""
+    base: Annotated[str, Field(min_length=1)] = "google/ddpm-celebahq-256"
+    """Folder or Hub id of the pipeline; its scheduler says on what noise levels it was trained and what it predicts."""
+    revision: str | None = None
+    """Commit, branch or tag of a Hub id; null: its newest. A run keeps to the commit that it started with."""
+    dropout: Fraction | None = None
+    """Probability in [0, 1) of dropping an activation; null: the base's own."""
+
+
 class DenoisingConfig(Section):
     """Learn to undo noise of any level: trains a teacher."""
 
     kind: Literal["denoising"] = "denoising"
     """Objective family."""
-    prediction: Prediction = "v"
-    """What the network puts out: v, eps (the noise) or x_0 (the clean image)."""
+    prediction: PredictionOrBase = "v"
+    """What the network puts out: v, eps (the noise) or x_0 (the clean image); base: what the scheduler of model.base says."""
     loss: DenoisingLoss = "mse"
     """mse: in the prediction's own space; x_mse, eps_mse, v_mse: in that space; min_snr, snr_trunc: x_mse weighted by signal-to-noise."""
     min_snr_gamma: Positive = 5.0
@@ -125,7 +139,7 @@ class ProgressiveDistillationConfig(Section):
     kind: Literal["progressive_distillation"] = "progressive_distillation"
     """Objective family."""
     teacher: Annotated[str, Field(min_length=1)]
-    """Run directory or export of the teacher; its EMA weights teach and are the student's first weights."""
+    """Run directory, export, stock DDPM pipeline or its Hub id; its EMA weights teach and are the student's first weights."""
     teacher_steps: Annotated[int, Field(ge=2)]
     """Sampling steps of the teacher; a count of the halving sequence of noise_schedule.steps."""
     student_steps: Count
@@ -134,8 +148,8 @@ class ProgressiveDistillationConfig(Section):
     """ddim: one student step lands where two teacher steps do; ancestral: the teacher's clean image at its second level."""
     sampler: Sampler = "ddim"
     """Sampler that the student is meant for, written into its descriptor; usually the target."""
-    prediction: Prediction = "v"
-    """What the network puts out; equals the teacher's."""
+    prediction: PredictionOrBase = "v"
+    """What the network puts out; equals the teacher's. base: what the scheduler of model.base says."""
     loss: DistillationLoss = "v_mse"
     """Space and weight of the squared error."""
     min_snr_gamma: Positive = 5.0
@@ -403,7 +417,7 @@ class DistillConfig(Section):
     """A chain of halvings: each stage's student covers two steps of its teacher in one."""
 
     teacher: str | None = None
-    """Run directory or export of the first teacher; null: the chain trains it from this recipe's other sections."""
+    """Run directory, export, stock DDPM pipeline or its Hub id, of the first teacher; null: the chain trains it from this recipe."""
     start_steps: Annotated[int, Field(ge=2)] = 1000
     """Sampling steps of the first teacher; a count of the halving sequence of noise_schedule.steps."""
     end_steps: Count = 1

@@ -8,6 +8,7 @@ from typing import TypeVar, final
 
 from trainer.config_sections import Prediction, Sampler
 from trainer.diffusion.sampler import Variance
+from trainer.pixel_base import PixelBase, pixel_base
 
 SCHEMA_VERSION = 1
 
@@ -45,9 +46,12 @@ class Descriptor:
     """Of an image."""
     start_sha256: str | None = None
     """Of the EMA weights that fine-tuning began with; None for a student, and for a model that began with random ones."""
+    base: PixelBase | None = None
+    """The stock model that it was made from, directly or through its teachers; None for one from scratch."""
 
     def to_json(self) -> dict[str, object]:
         """The fields as descriptor.json and checkpoint manifests hold them."""
+        base = {} if self.base is None else {"base": self.base.to_json()}
         return {
             "schema_version": SCHEMA_VERSION,
             "prediction_type": self.prediction_type,
@@ -61,6 +65,7 @@ class Descriptor:
             "image_size": self.image_size,
             "channels": self.channels,
             **({} if self.start_sha256 is None else {"start_sha256": self.start_sha256}),
+            **base,
         }
 
     @staticmethod
@@ -85,6 +90,7 @@ class Descriptor:
             image_size=fields.positive_integer("image_size"),
             channels=fields.positive_integer("channels"),
             start_sha256=None if value.get("start_sha256") is None else fields.sha256("start_sha256"),
+            base=pixel_base(value["base"], where=where) if "base" in value else None,
         )
 
 

@@ -21,6 +21,7 @@ from trainer.options import Options, integer, optional_text
 from trainer.pictures import PICTURES, PICTURES_SEED, Entry, load_models, picture_row, predictor, rank_seconds_per_image, warm_up
 from trainer.reference import NamedFeatureNet, NetTraining, Reference, prepare_measure, read_arrays, write_arrays
 from trainer.sample import DEFAULT_BATCH_SIZE, draw_share
+from trainer.stock import is_stock
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def evaluate_job(path: Path, options: Options) -> int:
     training = NetTraining(updates=integer(options, "feature_net_updates", UPDATES))
     net, statistics = prepare_measure(index, cache, training=training)
     out.parent.mkdir(parents=True, exist_ok=True)
-    evaluate(todo, Measure(net, statistics, images, integer(options, "seed", 0), batch_size, cache), out=out, pictures=path)
+    # nothing is written into others' folders, nor where a Hub id would be one
+    pictures = path if path.is_dir() and not is_stock(path) else out.parent
+    evaluate(todo, Measure(net, statistics, images, integer(options, "seed", 0), batch_size, cache), out=out, pictures=pictures)
     return 0
 
 

@@ -20,9 +20,11 @@ from trainer.diffusion.schedule import respaced_betas
 from trainer.export_folder import exported_checkpoint, exported_sha256, is_export, portable_recipe, push_export, seal, write_folder
 from trainer.model_card import model_card
 from trainer.options import Options, flag, optional_integer, optional_number, optional_text
+from trainer.pixel_base import PixelBase
 from trainer.sample import draw_images, grid_image, png
 from trainer.source import TIME_TABLE, Source, is_latent, load_source, time_table
 from trainer.stages import halving_counts
+from trainer.stock import is_stock
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def export_job(path: Path, options: Options) -> int:
     if not ranks.is_rank_0():
         return 0
     push = optional_text(options, "push")
-    if is_export(path):
+    if is_export(path) and not is_stock(path):
         raise ValueError(f"{path}: is an export already; give a RUN_DIR or a chain's directory")
     folder = _export_latent(path, options, push) if is_latent(path) else _export_pixels(path, options, push)
     if push is None:
@@ -72,7 +74,10 @@ def _export_pixels(path: Path, options: Options, push: str | None) -> Path:
         )
     if steps is None and source.path != path:
         raise ValueError(f"{path}: a chain has a model per step count; say which one: --steps N")
-    folder = write_export(source, Path(optional_text(options, "out") or source.path / "export"), repository=push)
+    out = optional_text(options, "out")
+    if out is None and source.stock:
+        raise ValueError(f"{path}: is of others; give the new folder, --out DIR")
+    folder = write_export(source, Path(out or source.path / "export"), repository=push)
     logger.info("%s: loads with diffusers, %d steps", folder, source.descriptor.step_count)
     return folder
 
@@ -137,8 +142,11 @@ def export_unet(source: Source) -> UNet2DModel:
 def export_pipeline(source: Source) -> DDIMPipeline | DDPMPipeline:
     """The model in the stock pipeline of its sampler, with a scheduler that has the model's own levels and no others.
 
-    With clean images at alpha_bar 1 after level 0, it takes the steps that halfstep's own sampler takes."""
+    With clean images at alpha_bar 1 after level 0, it takes the steps that halfstep's own sampler takes. A base on its own levels, as it
+    was or fine-tuned, keeps its scheduler as it is."""
     descriptor, unet = source.descriptor, export_unet(source)
+    if descriptor.base is not None and unet is source.model:
+        return _base_pipeline(descriptor.base, unet)
     betas = respaced_betas(source.alpha_bar, descriptor.timesteps)
     prediction = _PREDICTION_TYPES[descriptor.prediction_type]
     match descriptor.sampler:
@@ -161,6 +169,19 @@ def export_pipeline(source: Source) -> DDIMPipeline | DDPMPipeline:
                 timestep_spacing="trailing",
                 variance_type=descriptor.variance,
             )
+            return DDPMPipeline(unet=unet, scheduler=ddpm)
+
+
+def _base_pipeline(base: PixelBase, unet: UNet2DModel) -> DDIMPipeline | DDPMPipeline:
+    settings = {name: value for name, value in base.scheduler.items() if not name.startswith("_")}
+    match base.sampler:
+        case "ddim":
+            ddim = DDIMScheduler.from_config(settings)
+            assert isinstance(ddim, DDIMScheduler), "from_config builds its own class"
+            return DDIMPipeline(unet=unet, scheduler=ddim)
+        case "ancestral":
+            ddpm = DDPMScheduler.from_config(settings)
+            assert isinstance(ddpm, DDPMScheduler), "from_config builds its own class"
             return DDPMPipeline(unet=unet, scheduler=ddpm)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_shards.index import ShardIndex
-from trainer.config import pixel_objective
+from trainer.config import DdpmConfig, pixel_objective
+from trainer.export_folder import is_hub_id, public_name
 from trainer.source import Source
 
 TAGS = ("halfstep", "diffusers", "diffusers-training", "unconditional-image-generation")
@@ -48,18 +49,33 @@ def _header(source: Source, data: ShardIndex | None) -> str:
     """YAML for the Hub: library, pipeline tag, licence of the data, tags."""
     licence = str(data.licence.get("name")) if data else "unknown"
     lines = ["---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
-    if licence in HUB_LICENCES:
+    if licence in HUB_LICENCES and source.descriptor.base is None:
         lines.append(f"license: {HUB_LICENCES[licence]}")
+    if (base := _base(source)) is not None and is_hub_id(base):
+        lines.append(f"base_model: {base.partition('@')[0]}")
     tags = (*TAGS, "progressive-distillation") if source.descriptor.teacher_sha256 else TAGS
     return "\n".join((*lines, "tags:", *(f"- {tag}" for tag in tags), "---"))
 
 
 def _summary(source: Source) -> str:
-    descriptor = source.descriptor
-    kind = "A student of progressive distillation" if descriptor.teacher_sha256 else "A diffusion model trained from scratch"
+    descriptor, base = source.descriptor, _base(source)
+    if descriptor.teacher_sha256:
+        kind = "A student of progressive distillation" + (f" whose first teacher was made from `{base}`" if base else "")
+    elif source.stock:
+        kind = f"`{base}` as others have trained it"
+    else:
+        kind = f"`{base}`, fine-tuned" if base else "A diffusion model trained from scratch"
     size = f"{descriptor.image_size} x {descriptor.image_size}"
     plural = "step" if descriptor.step_count == 1 else "steps"
-    return f"# {size} images in {descriptor.step_count} {plural}\n\n{kind}, made with halfstep."
+    return f"# {size} images in {descriptor.step_count} {plural}\n\n{kind}, {'exported by' if source.stock else 'made with'} halfstep."
+
+
+def _base(source: Source) -> str | None:
+    """What others know the base by, with its revision if it has one; None for a model from scratch."""
+    model = source.recipe.model
+    if not isinstance(model, DdpmConfig):
+        return None
+    return public_name(model.base) + (f"@{model.revision}" if model.revision else "")
 
 
 def _usage(source: Source, *, name: str, pipeline: str) -> str:
@@ -87,26 +103,37 @@ def _usage(source: Source, *, name: str, pipeline: str) -> str:
 
 
 def _made_from(source: Source) -> str:
-    recipe, descriptor = source.recipe, source.descriptor
+    recipe, descriptor, schedule = source.recipe, source.descriptor, source.recipe.noise_schedule.kind
+    schedule = "the base's" if schedule == "base" else schedule
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
     rows = {
-        "Objective": recipe.objective.kind.replace("_", " "),
+        **({} if source.stock else {"Objective": recipe.objective.kind.replace("_", " "), "Loss": pixel_objective(recipe).loss}),
         "Prediction": descriptor.prediction_type,
-        "Loss": pixel_objective(recipe).loss,
-        "Noise schedule": f"{recipe.noise_schedule.kind}, {len(source.alpha_bar)} levels",
+        "Noise schedule": f"{schedule}, {len(source.alpha_bar)} levels",
         "Sampler": descriptor.sampler,
         "Parameters": f"{parameters:,}",
+        **({} if descriptor.base is None else {"Base (sha256)": f"`{descriptor.base.sha256}`"}),
+        **_training_rows(source),
+        "Weights (sha256)": f"`{source.weights_sha256}`",
+        "Teacher (sha256)": f"`{descriptor.teacher_sha256}`" if descriptor.teacher_sha256 else "none",
+    }
+    recipe_table = table(("", ""), tuple(rows.items()))
+    return f"## Recipe\n\n{recipe_table}\n\nThe whole of it is in `recipe.yaml`; `descriptor.json` says what the weights mean."
+
+
+def _training_rows(source: Source) -> dict[str, str]:
+    """How the weights were trained; nothing where others have done it."""
+    recipe = source.recipe
+    if source.stock:
+        return {}
+    return {
         "Optimizer steps": f"{source.trained_steps:,}" if source.trained_steps is not None else "not known",
         "Images a step": str(recipe.data.global_batch_size),
         "Optimizer": f"{recipe.optim.kind}, learning rate {recipe.optim.learning_rate:g} ({recipe.lr_schedule.kind})",
         "EMA decay": f"{recipe.ema.decay:g} (these are the averaged weights)",
         "Precision": recipe.engine.precision,
         "Seed": str(recipe.seed),
-        "Weights (sha256)": f"`{source.weights_sha256}`",
-        "Teacher (sha256)": f"`{descriptor.teacher_sha256}`" if descriptor.teacher_sha256 else "none",
     }
-    recipe_table = table(("", ""), tuple(rows.items()))
-    return f"## Recipe\n\n{recipe_table}\n\nThe whole of it is in `recipe.yaml`; `descriptor.json` says what the weights mean."
 
 
 def data_section(data: ShardIndex | None) -> str:

@@ -20,10 +20,12 @@ from data_shards import ranks
 from data_shards.files import replace_file
 from trainer.chain import read_chain
 from trainer.config_sections import Sampler
+from trainer.export_folder import is_hub_id
 from trainer.manifest import newest_checkpoint
 from trainer.models.tiny_unet import Denoiser
 from trainer.sample import draw_on_ranks, draw_share
 from trainer.source import Source, denoiser_on, load_source
+from trainer.stock import is_stock
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +118,9 @@ def load_models(path: Path) -> Models:
 
 
 def has_model(path: Path) -> bool:
-    """Whether a run has a checkpoint, or a folder is an export."""
-    return (path / "model_index.json").exists() or newest_checkpoint(path) is not None
+    """Whether a run has a checkpoint, or a folder is an export or a stock pipeline, or of the Hub."""
+    stock = is_stock(path) or (not path.exists() and is_hub_id(str(path)))
+    return stock or (path / "model_index.json").exists() or newest_checkpoint(path) is not None
 
 
 def picture_row(entry: Entry, home: Path) -> PictureRow:

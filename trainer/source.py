@@ -1,4 +1,4 @@
-"""What a model can be loaded from: a run, a chain of halvings or an export, with the descriptor that says what its weights mean."""
+"""What a model can be loaded from: a run, a chain, an export or a stock pipeline, with the descriptor that says what its weights mean."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,24 @@ from torch import Tensor, nn
 from data_shards.files import content_record, read_json_object
 from trainer.chain import read_chain
 from trainer.checkpoint import read_tensors
-from trainer.config import RunConfig, TinyUNetConfig, pixel_model, pixel_objective
+from trainer.config import DdpmConfig, DenoisingConfig, PixelModelConfig, RunConfig, TinyUNetConfig, pixel_objective
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.engines.precision import lower_type
+from trainer.export_folder import is_hub_id
 from trainer.hash import tensors_sha256
 from trainer.manifest import Checkpoint, newest_checkpoint
+from trainer.models.ddpm import build_unet, find_base, load_base
 from trainer.models.network import network
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet
+from trainer.pixel_base import PixelBase
+from trainer.stock import is_stock, stock_recipe
 
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 TIME_TABLE = "time_proj.weight"
 _PIXEL_PIPELINES = ("DDIMPipeline", "DDPMPipeline")
+_OURS = ("descriptor.json", "manifest.json")
 
 
 @final
@@ -36,7 +41,8 @@ class Source:
     """A model ready to sample: EMA weights in fp32 on the CPU, conditioned on original times, and what is known of it.
 
     alpha_bar: the full table of T levels that the descriptor's timesteps index. weights_sha256: of the EMA weights.
-    trained_steps, checkpoint_sha256: of the checkpoint; None where only the weights are known."""
+    trained_steps, checkpoint_sha256: of the checkpoint; None where only the weights are known. stock: as others have trained it, for
+    which `recipe` says no more than the model."""
 
     model: UNet2DModel
     descriptor: Descriptor
@@ -46,16 +52,22 @@ class Source:
     path: Path
     trained_steps: int | None = None
     checkpoint_sha256: str | None = None
+    stock: bool = False
 
 
 def load_source(path: Path, steps: int | None = None, *, ema: float | None = None) -> Source:
-    """Load the EMA weights of a RUN_DIR's newest checkpoint, of a chain's stage, or of an export folder.
+    """Load the EMA weights of a RUN_DIR's newest checkpoint, of a chain's stage, or of an export folder, or a stock pipeline's weights.
 
+    path: may be a Hub id, OWNER/NAME or OWNER/NAME@REVISION, where there is no such folder.
     steps: picks the chain's stage whose student samples in so many steps; where none does, its teacher. ema: picks a run's average
     by its decay; None for the first. Nothing is unpickled.
     Raises: ValueError if there is no such source, or its descriptor, hashes, recipe and weights contradict each other."""
     if not path.exists():
-        raise ValueError(f"{path}: not there; wanted a RUN_DIR, a chain's directory or an export folder")
+        if is_hub_id(str(path)):
+            return _load_stock(path)
+        raise ValueError(f"{path}: not there; wanted a RUN_DIR, a chain's directory, an export or a pipeline's folder")
+    if is_stock(path):
+        return _load_stock(path)
     if (path / "model_index.json").exists():
         return _load_export(path)
     if (path / "chain.json").exists():
@@ -66,7 +78,15 @@ def load_source(path: Path, steps: int | None = None, *, ema: float | None = Non
         return load_source(stage.run_dir, ema=ema)
     if (path / "recipe.yaml").exists():
         return _load_run(path, ema=ema)
-    raise ValueError(f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json) nor an export (model_index.json); give one of these")
+    raise ValueError(
+        f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json), an export nor a pipeline (model_index.json); give one of these"
+    )
+
+
+def source_place(run_dir: Path, text: str) -> Path:
+    """What a run's recipe names as a teacher: a folder as seen from RUN_DIR, or a Hub id where there is none."""
+    place = run_dir / text
+    return Path(text) if not place.exists() and is_hub_id(text) else place
 
 
 def is_latent(path: Path) -> bool:
@@ -75,7 +95,7 @@ def is_latent(path: Path) -> bool:
         return read_json_object(path / "model_index.json").get("_class_name") not in _PIXEL_PIPELINES
     if (path / "chain.json").exists() or not (path / "recipe.yaml").is_file():
         return False
-    return not isinstance(load_recipe(path / "recipe.yaml", ()).model, TinyUNetConfig)
+    return not isinstance(load_recipe(path / "recipe.yaml", ()).model, PixelModelConfig)
 
 
 def denoiser_on(model: nn.Module, device: torch.device, *, precision: str = "fp32") -> Denoiser:
@@ -125,11 +145,43 @@ def average_part(checkpoint: Checkpoint, decay: float | None) -> str:
     return f"ema_{kept.index(decay)}"
 
 
+def _load_stock(path: Path) -> Source:
+    """A pipeline that halfstep has not made: a folder, or a Hub id where there is none."""
+    base, files = find_base(str(path))
+    model = load_base(base, files, base.image_size)
+    name, _, revision = str(path).partition("@") if not path.exists() else (str(path), "", "")
+    return Source(
+        model=model.requires_grad_(False).eval(),
+        descriptor=base_descriptor(base, image_size=base.image_size),
+        alpha_bar=base.levels.alpha_bar,
+        recipe=stock_recipe(name, revision=files.commit or revision or None),
+        weights_sha256=tensors_sha256(model.state_dict()),
+        path=path,
+        stock=True,
+    )
+
+
+def base_descriptor(base: PixelBase, *, image_size: int) -> Descriptor:
+    """What weights mean that are a base's, or learn on its levels. image_size: pixels a side that they work on."""
+    alpha_bar = base.levels.alpha_bar
+    return Descriptor(
+        prediction_type=base.levels.prediction,
+        alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
+        timesteps=tuple(range(len(alpha_bar))),
+        clip=base.clip,
+        sampler=base.sampler,
+        variance=base.variance,
+        step_count=len(alpha_bar),
+        teacher_sha256=None,
+        image_size=image_size,
+        channels=base.channels,
+        base=base,
+    )
+
+
 def _load_export(folder: Path) -> Source:
-    if not (folder / "descriptor.json").exists() or not (folder / "manifest.json").exists():
-        raise ValueError(
-            f"{folder}: a diffusers folder without descriptor.json and manifest.json; only those of `halfstep export` are read"
-        )
+    if missing := [name for name in _OURS if not (folder / name).exists()]:
+        raise ValueError(f"{folder}: an export without {missing[0]}; export the run again")
     manifest = read_json_object(folder / "manifest.json")
     contents = verified_contents(folder, manifest)
     descriptor = Descriptor.from_json(read_json_object(folder / "descriptor.json"), where=str(folder / "descriptor.json"))
@@ -170,11 +222,11 @@ def verified_contents(folder: Path, manifest: Mapping[str, object]) -> dict[str,
 def _assemble(
     path: Path, descriptor: Descriptor, *, recipe: RunConfig, tensors: dict[str, Tensor], checkpoint: Checkpoint | None
 ) -> Source:
-    alpha_bar = build_alpha_bar(recipe.noise_schedule)
+    alpha_bar = _alpha_bar(path, descriptor, recipe)
     _check_descriptor(path, descriptor, recipe, alpha_bar=alpha_bar)
     # On the meta device no random number is drawn and no memory taken before the weights are there.
     with torch.device("meta"):
-        model = build_tiny_unet(pixel_model(recipe), descriptor.image_size, image_channels=descriptor.channels)
+        model = _network(descriptor, recipe)
     check_tensors(path, tensors, model.state_dict())
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return Source(
@@ -189,6 +241,28 @@ def _assemble(
     )
 
 
+def _alpha_bar(path: Path, descriptor: Descriptor, recipe: RunConfig) -> Float64[Tensor, " T"]:
+    """The full table of noise levels: the recipe's, or the base's in the descriptor."""
+    match recipe.model:
+        case TinyUNetConfig() if descriptor.base is None:
+            return build_alpha_bar(recipe.noise_schedule)
+        case DdpmConfig() if descriptor.base is not None:
+            return descriptor.base.alpha_bar(recipe.noise_schedule)
+        case other:
+            raise ValueError(f"{path}: the descriptor is not of model.kind={other.kind}; put the original recipe.yaml back")
+
+
+def _network(descriptor: Descriptor, recipe: RunConfig) -> UNet2DModel:
+    """The network without its weights, on torch's default device."""
+    match recipe.model:
+        case TinyUNetConfig() as tiny:
+            return build_tiny_unet(tiny, descriptor.image_size, image_channels=descriptor.channels)
+        case DdpmConfig() as stock if descriptor.base is not None:
+            return build_unet(descriptor.base.unet, descriptor.image_size, dropout=stock.dropout)
+        case other:
+            raise ValueError(f"model.kind={other.kind} is no pixel model")
+
+
 def _check_weights(source: Source, wanted: object, *, where: Path) -> None:
     if source.weights_sha256 != wanted:
         raise ValueError(
@@ -200,8 +274,11 @@ def _check_descriptor(path: Path, descriptor: Descriptor, recipe: RunConfig, *, 
     """Raise ValueError if the descriptor does not say what the recipe beside it says."""
     objective = pixel_objective(recipe)
     own_steps = objective.student_steps if objective.kind == "progressive_distillation" else len(alpha_bar)
+    prediction = objective.prediction
+    if descriptor.base is not None and (prediction == "base" or isinstance(objective, DenoisingConfig)):
+        prediction = descriptor.base.prediction(prediction)
     wanted = {
-        "prediction_type": (descriptor.prediction_type, objective.prediction),
+        "prediction_type": (descriptor.prediction_type, prediction),
         "alpha_bar_sha256": (descriptor.alpha_bar_sha256, alpha_bar_sha256(alpha_bar)),
         "step_count": (descriptor.step_count, own_steps),
     }

@@ -10,7 +10,14 @@ from data_shards.sources.faces import FacesSource
 from launch.chain import freeze_chain, stage_seed, student_config, with_teacher
 from launch.run_dir import freeze
 from trainer.chain import read_chain
-from trainer.config import ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.config import (
+    DdpmConfig,
+    DenoisingConfig,
+    LinearNoiseSchedule,
+    ProgressiveDistillationConfig,
+    RunConfig,
+    TinyUNetConfig,
+)
 from trainer.config_io import dump_yaml, load_recipe
 
 
@@ -88,6 +95,58 @@ def test_students_of_a_fine_tuned_teacher_begin_with_the_teacher_alone(tmp_path:
     assert tuned.distill is not None
     student = student_config(tuned, tuned.distill, number=1, teacher_steps=8, steps=4)
     assert student.model == TinyUNetConfig(), "a chain that fine-tunes its own teacher"
+
+
+def _stock(folder: Path, **scheduler: object) -> Path:
+    """A stock pipeline as far as a launcher looks at it."""
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+def test_a_stock_pipeline_is_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(_stock(tmp_path / "google", num_train_timesteps=1000).parent)
+    config = with_teacher(_chain(teacher="google"), "google")
+    assert config.model == DdpmConfig(base=str(tmp_path / "google"))
+    assert config.noise_schedule.kind == "base" and config.objective == DenoisingConfig(prediction="base")
+    named = RunConfig.model_validate(
+        _chain().model_dump() | {"model": {"kind": "ddpm", "base": "google"}, "noise_schedule": {"kind": "base"}}
+    )
+    assert with_teacher(named, "google").model == config.model, "a base that the recipe names too is the same"
+    assert config.distill is not None
+    pack(FacesSource("open-peeps", 4), tmp_path / "shards", size=16, workers=1)
+    freeze_chain(tmp_path / "chain", config, config.distill, shards=tmp_path / "shards")
+    first, second, _ = read_chain(tmp_path / "chain")
+    assert (first.run_dir, first.steps, first.trained_here, second.trained_here) == (tmp_path / "google", 1000, False, True)
+    student = load_recipe(second.run_dir / "recipe.yaml").objective
+    assert isinstance(student, ProgressiveDistillationConfig)
+    assert (student.teacher, student.prediction) == (str(tmp_path / "google"), "base")
+
+
+def test_a_stock_pipelines_other_number_of_levels_is_spelled_out(tmp_path: Path) -> None:
+    short = with_teacher(_chain(), _stock(tmp_path / "short", num_train_timesteps=60, beta_end=0.01))
+    assert short.noise_schedule == LinearNoiseSchedule(steps=60, beta_end=0.01)
+
+
+def test_a_hub_id_is_a_teacher_at_one_commit(tmp_path: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    config = with_teacher(_chain(teacher="google/ddpm-cifar10-32"), "google/ddpm-cifar10-32")
+    assert config.model == DdpmConfig(base="google/ddpm-cifar10-32") and config.distill is not None
+    pinned = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
+    pack(FacesSource("open-peeps", 4), tmp_path / "shards", size=16, workers=1)
+    freeze_chain(tmp_path / "chain", pinned, config.distill, shards=tmp_path / "shards")
+    first, second, third = read_chain(tmp_path / "chain")
+    assert (first.run_dir, first.trained_here) == (Path(f"google/ddpm-cifar10-32@{commit}"), False)
+    taught = [load_recipe(stage.run_dir / "recipe.yaml").objective for stage in (second, third)]
+    assert [getattr(objective, "teacher", None) for objective in taught] == [str(first.run_dir), f"../{second.name}"]
+    at = with_teacher(_chain(), f"google/ddpm-cifar10-32@{commit}")
+    assert at.model == DdpmConfig(base="google/ddpm-cifar10-32", revision=commit)
+
+
+def test_a_teacher_that_is_nowhere_says_how_to_make_a_tiny_one() -> None:
+    with pytest.raises(ValueError, match=r"distill.teacher=runs/tiny/ddpm: no such .*: halfstep make-tiny ddpm runs/tiny/ddpm"):
+        with_teacher(_chain(), "runs/tiny/ddpm")
 
 
 def test_a_chain_with_more_updates_is_another_chain(chain: Path) -> None:

@@ -19,7 +19,7 @@ from data_shards.files import read_json_object
 from tests.models.twins import NAMES, REFERENCE, Twins
 from tests.trainer.latents.finished_runs import as_array, largest_difference, run_card, write_inpainting_files
 from trainer.checkpoint import read_tensors
-from trainer.config import AutoencoderConfig, Kandinsky22DecoderConfig, LoraAdaptation, RunConfig, StableDiffusionConfig
+from trainer.config import AutoencoderConfig, DdpmConfig, Kandinsky22DecoderConfig, LoraAdaptation, RunConfig, StableDiffusionConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.export_folder import LORA_FILE
 from trainer.latents.snippet import prompts_of
@@ -27,7 +27,7 @@ from trainer.latents.trained import latent_objective
 from trainer.manifest import newest_checkpoint
 
 CONFIGS = {name: load_recipe(recipe_path(name)) for name in NAMES}
-DRAWS = [name for name, config in CONFIGS.items() if not isinstance(config.model, AutoencoderConfig)]
+DRAWS = [name for name, config in CONFIGS.items() if not isinstance(config.model, AutoencoderConfig | DdpmConfig)]
 LORAS = [
     name
     for name in DRAWS

@@ -1,20 +1,24 @@
-"""What two ranks do to show that the true shape of Stable Diffusion 2.1 trains here: two real steps, memory and live bytes counted."""
+"""What two ranks do to show that true shapes train here: real steps, memory and live bytes counted."""
 
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from data_shards import ranks
 from trainer.config_io import load_recipe
 from trainer.engines.engine import LossPerImage
 from trainer.models.network import Network
 from trainer.plan.from_latent import build, latent_shape
 from trainer.plan.from_recipe import plan_input
 from trainer.plan.live_bytes import LiveBytes
+from trainer.stop import StopRequest
 from trainer.tasks.task import Task
-from trainer.train import build_engine
+from trainer.train import build_engine, train
+from trainer.watch import Watch
 
 _GIB = 2**30
 
@@ -78,3 +82,18 @@ class _Nothing:
     def to_json(self) -> dict[str, object]:
         """No meaning: nothing is saved."""
         return {}
+
+
+def train_run(run_dir: str) -> dict[str, object]:
+    """Train a run to its end or to where it is to stop. Collective.
+
+    Returns the worker's exit code, the seconds, and the resident memory in GiB that this rank took beyond its imports."""
+    path, started = Path(run_dir), time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=1000)
+    try:
+        code = train(path, StopRequest(), watch)
+    finally:
+        watch.close()
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"code": code, "seconds": time.perf_counter() - started, "taken_gib": taken * 1024 / _GIB}

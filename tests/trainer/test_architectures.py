@@ -21,6 +21,8 @@ KNOWN_MILLIONS = {
     ("kandinsky22_prior", "image_encoder"): (1844.91, 0.005),
     ("kandinsky22_decoder", "unet"): (1250, 10),
     ("kandinsky22_decoder", "movq"): (67, 1),
+    ("ddpm_celebahq_256", "unet"): (113.673, 0.0005),
+    ("ddpm_cifar10_32", "unet"): (35.746, 0.0005),
 }
 
 
@@ -63,7 +65,7 @@ def test_the_noise_schedule_of_21_is_that_of_its_checkpoint() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"did you mean stable_diffusion_2_1.*there are kandinsky22_decoder, "):
+    with pytest.raises(ValueError, match=r"did you mean stable_diffusion_2_1.*there are ddpm_celebahq_256, .*kandinsky22_decoder, "):
         read_architecture("stable_diffusion_2.1")
 
 

@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "another library's word": (
         "objective: {prediction: epsilon}", [],
-        ["FILE:3: objective.prediction: got 'epsilon', wanted one of v, eps, x_0 - did you mean 'eps'?"],
+        ["FILE:3: objective.prediction: got 'epsilon', wanted one of v, eps, x_0, base - did you mean 'eps'?"],
     ),
     "a truth value of YAML 1.1": (
         "ema: {warmup: yes}", [], ["FILE:3: ema.warmup: got 'yes', wanted true or false - did you mean true?"]

@@ -75,7 +75,7 @@ def test_where_a_base_lies_and_validation_are_no_part_of_a_runs_identity(tmp_pat
 
 def test_a_pixel_models_code_refuses_a_latent_recipe(tmp_path: Path) -> None:
     config = load(tmp_path, SD)
-    with pytest.raises(ValueError, match=r"model.kind=stable_diffusion works on latents; wanted a pixel model, model.kind=tiny_unet"):
+    with pytest.raises(ValueError, match=r"model.kind=stable_diffusion does not start from scratch on pixels; wanted model.kind=tiny_unet"):
         pixel_model(config)
     with pytest.raises(ValueError, match=r"objective.kind=latent_denoising is a latent model's; wanted objective.kind=denoising"):
         pixel_objective(config)
@@ -101,8 +101,8 @@ MISTAKES = {
     ),
     "an unknown family": (
         "model: {kind: stable_difusion}", [],
-        "FILE:3: model.kind: got 'stable_difusion', wanted one of tiny_unet, autoencoder, latent_base, stable_diffusion, wuerstchen_prior, "
-        "kandinsky22_prior, kandinsky22_decoder - did you mean 'stable_diffusion'?",
+        "FILE:3: model.kind: got 'stable_difusion', wanted one of tiny_unet, ddpm, autoencoder, latent_base, stable_diffusion, "
+        "wuerstchen_prior, kandinsky22_prior, kandinsky22_decoder - did you mean 'stable_diffusion'?",
     ),
     "an unknown key of an adapter": (
         SD + "adaptation: {kind: lora, rang: 4}", [], "FILE:4: adaptation.rang: unknown key - did you mean 'adaptation.rank'?"

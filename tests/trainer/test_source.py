@@ -88,7 +88,10 @@ def test_what_is_not_a_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a RUN_DIR"):
         load_source(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"without descriptor\.json"):
+    with pytest.raises(ValueError, match=r"no config\.json there nor in unet/"):
+        load_source(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"an export without descriptor\.json"):
         load_source(tmp_path)
 
 

@@ -8,9 +8,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from data_shards.encoders.files import ModelFiles, find_model
-from data_shards.files import read_json_object
 from trainer.config_sections import Prediction
 from trainer.diffusion.schedule import alpha_bar_of_scheduler, zero_terminal_snr
+from trainer.stock import SCHEDULER, scheduler_of
 
 _PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
@@ -32,11 +32,14 @@ def find_part(base: str, part: str, *, revision: str | None) -> ModelFiles:
 
 
 def scheduler_config(files: ModelFiles) -> dict[str, object]:
-    """The configuration of the scheduler beside a part. Raises: ValueError if there is none."""
-    path = files.root / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+    """The configuration of the scheduler beside a part, in a folder of its own or, as early pipelines had it, beside model_index.json.
+
+    Raises: ValueError if there is none."""
+    found = scheduler_of(files.root)
+    if found is None:
+        path = files.root / "scheduler" / SCHEDULER
         raise ValueError(f"{path} is missing, which says on what noise levels the base was trained; give a whole pipeline in model.base")
-    return read_json_object(path)
+    return found
 
 
 def base_levels(

@@ -12,6 +12,7 @@ from diffusers import (
     PNDMScheduler,
     UnCLIPScheduler,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -40,7 +41,16 @@ from trainer.models.deprecated import (
 
 _DIFFUSERS: Mapping[str, type[ModelMixin]] = {
     model.__name__: model
-    for model in (AutoencoderKL, PaellaVQModel, PriorTransformer, UNet2DConditionModel, VQModel, WuerstchenDiffNeXt, WuerstchenPrior)
+    for model in (
+        AutoencoderKL,
+        PaellaVQModel,
+        PriorTransformer,
+        UNet2DConditionModel,
+        UNet2DModel,
+        VQModel,
+        WuerstchenDiffNeXt,
+        WuerstchenPrior,
+    )
 }
 _TEXT: Mapping[str, type[PreTrainedModel]] = {model.__name__: model for model in (CLIPTextModel, CLIPTextModelWithProjection)}
 _VISION = CLIPVisionModelWithProjection.__name__

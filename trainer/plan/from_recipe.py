@@ -6,8 +6,10 @@ from pathlib import Path
 from torch import nn
 
 from data_shards.index import ShardIndex
-from trainer.config import AutoencoderConfig, ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.config import AutoencoderConfig, DdpmConfig, PixelModelConfig, ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.latents.networks import shape_of
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
+from trainer.models.ddpm import build_unet
 from trainer.models.tiny_unet import build_tiny_unet, shard_units
 from trainer.plan.from_latent import latent_plan
 from trainer.plan.plan_input import Frozen, PlanInput, Shapes
@@ -42,7 +44,7 @@ def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gp
         keep_checkpoints=kept_checkpoints(config),
     )
     match config.model:
-        case TinyUNetConfig() as model:
+        case TinyUNetConfig() | DdpmConfig() as model:
             return _pixel(config, model, common, side=side)
         case AutoencoderConfig():
             raise ValueError("model.kind=autoencoder: plan knows what denoises; an autoencoder of this kind is small enough to be tried")
@@ -50,9 +52,18 @@ def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gp
             return latent_plan(config, common, side=side)
 
 
-def _pixel(config: RunConfig, model: TinyUNetConfig, common: PlanInput, *, side: int) -> PlanInput:
-    def build() -> nn.Module:
-        return build_tiny_unet(model, side)
+def _pixel(config: RunConfig, model: PixelModelConfig, common: PlanInput, *, side: int) -> PlanInput:
+    match model:
+        case TinyUNetConfig():
+
+            def build() -> nn.Module:
+                return build_tiny_unet(model, side)
+
+        case DdpmConfig():
+            shape = shape_of(model.base, "unet").config
+
+            def build() -> nn.Module:
+                return build_unet(shape, side, dropout=model.dropout)
 
     plan = replace(
         common,
@@ -60,7 +71,8 @@ def _pixel(config: RunConfig, model: TinyUNetConfig, common: PlanInput, *, side:
         units=shard_units,  # type: ignore[arg-type]  # of the network that build makes
         enable_checkpointing=enable_activation_checkpointing,  # type: ignore[arg-type]
     )
-    if not isinstance(config.objective, ProgressiveDistillationConfig):
+    taught = config.distill is not None and config.distill.teacher is not None  # the chain trains students alone
+    if not taught and not isinstance(config.objective, ProgressiveDistillationConfig):
         return plan
     teacher = work_of(plan)
     beside = Frozen("teacher", teacher.trained, flops_per_image=_TEACHER_FORWARDS * teacher.forward_flops)

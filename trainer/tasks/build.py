@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_shards.config import Field
-from trainer.config import AutoencoderConfig, RunConfig, TinyUNetConfig
+from trainer.config import AutoencoderConfig, DdpmConfig, PixelModelConfig, RunConfig, TinyUNetConfig
 from trainer.tasks.pixel import build_pixel_task
 from trainer.tasks.task import Task
 from trainer.training_data import TrainingData
@@ -15,7 +15,7 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int, *, data: Train
     image_size: side of the images in pixels. data: of latent models, which show what they make of its first samples.
     Raises: ValueError where model, objective and data do not fit each other."""
     match config.model:
-        case TinyUNetConfig() as model:
+        case TinyUNetConfig() | DdpmConfig() as model:
             return build_pixel_task(config, run_dir, model, image_size)
         case AutoencoderConfig() as model:
             from trainer.tasks.autoencoder import build_autoencoder_task
@@ -31,7 +31,7 @@ def build_task(config: RunConfig, run_dir: Path, image_size: int, *, data: Train
 
 def needed_fields(config: RunConfig) -> tuple[Field, ...]:
     """What the reader delivers of a sample."""
-    if isinstance(config.model, TinyUNetConfig | AutoencoderConfig):
+    if isinstance(config.model, PixelModelConfig | AutoencoderConfig):
         return ("image",)
     from trainer.latents.inputs import needed_fields
 

@@ -1,7 +1,7 @@
 """Pixel models: teachers that denoise, and students that halve their steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -11,7 +11,16 @@ from torch import Tensor
 
 from data_shards import ranks
 from data_shards.reading.sample import MicroBatch
-from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig, TinyUNetConfig, pixel_objective
+from trainer.config import (
+    DdpmConfig,
+    DenoisingConfig,
+    PixelModelConfig,
+    Prediction,
+    ProgressiveDistillationConfig,
+    RunConfig,
+    TinyUNetConfig,
+    pixel_objective,
+)
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.draws import Draws, draw
@@ -20,6 +29,7 @@ from trainer.engines.precision import lower_type
 from trainer.metrics import Drawn
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.attention import Kernels, use_attention
+from trainer.models.ddpm import build_unet, find_base, load_base
 from trainer.models.dropout import use_logical_dropout
 from trainer.models.encode import encode_pixels
 from trainer.models.flops import forward_flops
@@ -27,9 +37,10 @@ from trainer.models.network import network
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, shard_units
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss
+from trainer.pixel_base import PixelBase
 from trainer.rng import seed_weights
 from trainer.sample import draw_grid
-from trainer.source import load_source
+from trainer.source import Source, base_descriptor, load_source, source_place
 from trainer.stages import grid as sampling_levels
 from trainer.stages import halve
 from trainer.start import load_start
@@ -40,6 +51,8 @@ Objective = Callable[[Denoiser, Tensor, Draws], Tensor]
 
 GRID_SEED = 0
 """Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
+_CHANNELS = 3
+"""Of training images."""
 # A backward pass is two forwards' worth of operations; the halving target is two forwards of the teacher.
 _TRAINED_FORWARDS, _TEACHER_FORWARDS = 3, 2
 
@@ -53,48 +66,53 @@ class Levels:
     alpha_bar: Float64[Tensor, " T"]
 
 
-def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, image_size: int) -> Task:
+@final
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """A network before its first step. descriptor: of it, were it not trained any further; build: makes one like it."""
+
+    module: UNet2DModel
+    descriptor: Descriptor
+    alpha_bar: Float64[Tensor, " T"]
+    build: Callable[[], UNet2DModel]
+
+
+def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, image_size: int) -> Task:
     """Join model, objective and noise schedule. Collective where a large teacher is shared among the ranks.
 
-    Raises: ValueError where they do not fit each other or the teacher."""
+    Raises: ValueError where they do not fit each other, the base or the teacher."""
     seed_weights(config.seed)
-    alpha_bar = build_alpha_bar(config.noise_schedule).to(ranks.device())
-    module = build_tiny_unet(model, image_size)
+    forwards = _TRAINED_FORWARDS
+    match chosen := pixel_objective(config):
+        case DenoisingConfig() as objective:
+            start = _first(config, run_dir, model, objective, image_size)
+            descriptor, alpha_bar = start.descriptor, start.alpha_bar.to(ranks.device())
+            loss = _denoising(objective, alpha_bar, descriptor.prediction_type)
+        case ProgressiveDistillationConfig() as objective:
+            teacher = load_source(source_place(run_dir, objective.teacher))
+            start = _copy(config, model, objective, teacher, image_size)
+            own, alpha_bar = teacher.descriptor.timesteps, start.alpha_bar.to(ranks.device())
+            levels = tuple(own[level] for level in sampling_levels(len(own), objective.teacher_steps))
+            timesteps = halve(levels)
+            descriptor = replace(
+                start.descriptor,
+                timesteps=timesteps,
+                sampler=objective.sampler,
+                step_count=len(timesteps),
+                teacher_sha256=teacher.weights_sha256,
+                start_sha256=None,
+            )
+            _set_up(teacher.model, config)
+            frozen = place_frozen(teacher.model, shard_units(teacher.model), shard_above_gib=config.engine.shard_frozen_above_gib)
+            grid = HalvingGrid.build(alpha_bar, levels, device=ranks.device())
+            loss = _halving(objective, network(frozen), grid, descriptor.prediction_type)
+            forwards += _TEACHER_FORWARDS
+    module = start.module
     use_logical_dropout(module)
     attention = _set_up(module, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(module)
-    forwards, start_sha256 = _TRAINED_FORWARDS, None
-    match chosen := pixel_objective(config):
-        case DenoisingConfig() as objective:
-            timesteps, teacher_sha256, sampler = tuple(range(len(alpha_bar))), None, "ddim"
-            if model.start is not None:
-                start_sha256 = load_start(module, run_dir / model.start, prediction=objective.prediction, alpha_bar=alpha_bar.cpu())
-            loss = _denoising(objective, alpha_bar)
-        case ProgressiveDistillationConfig() as objective:
-            teacher = load_source(run_dir / objective.teacher)
-            own = teacher.descriptor.timesteps
-            levels = tuple(own[level] for level in sampling_levels(len(own), objective.teacher_steps))
-            module.load_state_dict(teacher.model.state_dict())
-            timesteps, teacher_sha256, sampler = halve(levels), teacher.weights_sha256, objective.sampler
-            _set_up(teacher.model, config)
-            frozen = place_frozen(teacher.model, shard_units(teacher.model), shard_above_gib=config.engine.shard_frozen_above_gib)
-            loss = _halving(objective, network(frozen), HalvingGrid.build(alpha_bar, levels, device=ranks.device()))
-            forwards += _TEACHER_FORWARDS
-    descriptor = Descriptor(
-        prediction_type=chosen.prediction,
-        alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
-        timesteps=timesteps,
-        clip=True,
-        sampler=sampler,
-        variance="fixed_small",
-        step_count=len(timesteps),
-        teacher_sha256=teacher_sha256,
-        image_size=image_size,
-        channels=3,
-        start_sha256=start_sha256,
-    )
-    flops = forward_flops(lambda: build_tiny_unet(model, image_size), image_shape=(3, image_size, image_size))
+    flops = forward_flops(start.build, image_shape=(descriptor.channels, image_size, image_size))
     logs, levels_drawn = config.logging, Levels(descriptor, alpha_bar)
     return Task(
         module=module,
@@ -107,6 +125,73 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: TinyUNetConfig, im
         attention=attention,
         flops_per_image=forwards * flops,
     )
+
+
+def _first(config: RunConfig, run_dir: Path, model: PixelModelConfig, objective: DenoisingConfig, image_size: int) -> _Start:
+    """The network that a recipe starts with: new, another run's or a base's. Raises: ValueError where either does not fit the recipe."""
+    match model:
+        case TinyUNetConfig():
+            assert objective.prediction != "base", "the recipe's own check"
+            alpha_bar, start_sha256 = build_alpha_bar(config.noise_schedule), None
+            module = build_tiny_unet(model, image_size)
+            if model.start is not None:
+                start_sha256 = load_start(module, run_dir / model.start, prediction=objective.prediction, alpha_bar=alpha_bar)
+            descriptor = Descriptor(
+                prediction_type=objective.prediction,
+                alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
+                timesteps=tuple(range(len(alpha_bar))),
+                clip=True,
+                sampler="ddim",
+                variance="fixed_small",
+                step_count=len(alpha_bar),
+                teacher_sha256=None,
+                image_size=image_size,
+                channels=_CHANNELS,
+                start_sha256=start_sha256,
+            )
+            return _Start(module, descriptor, alpha_bar, lambda: build_tiny_unet(model, image_size))
+        case DdpmConfig():
+            base, files = find_base(model.base, revision=model.revision)
+            base.prediction(objective.prediction)
+            alpha_bar = base.alpha_bar(config.noise_schedule)
+            if base.channels != _CHANNELS:
+                raise ValueError(f"model.base={model.base}: draws images of {base.channels} channels; training images have {_CHANNELS}")
+            module = load_base(base, files, image_size, dropout=model.dropout)
+            descriptor = base_descriptor(base, image_size=image_size)
+            return _Start(module, descriptor, alpha_bar, lambda: build_unet(base.unet, image_size, dropout=model.dropout))
+
+
+def _copy(config: RunConfig, model: PixelModelConfig, objective: ProgressiveDistillationConfig, teacher: Source, image_size: int) -> _Start:
+    """A student: its teacher's network and weights, on the same noise levels. Raises: ValueError where the recipe says otherwise."""
+    descriptor = replace(teacher.descriptor, image_size=image_size)
+    match model, base := descriptor.base:
+        case TinyUNetConfig(), None:
+            alpha_bar = build_alpha_bar(config.noise_schedule)
+
+            def build() -> UNet2DModel:
+                return build_tiny_unet(model, image_size)
+
+        case DdpmConfig(), PixelBase():
+            alpha_bar = base.alpha_bar(config.noise_schedule)
+
+            def build() -> UNet2DModel:
+                return build_unet(base.unet, image_size, dropout=model.dropout)
+
+        case _:
+            wanted = "tiny_unet" if base is None else "ddpm"
+            raise ValueError(f"objective.teacher={objective.teacher}: is of model.kind={wanted}, not {model.kind}; set model.kind={wanted}")
+    if alpha_bar_sha256(alpha_bar) != descriptor.alpha_bar_sha256:
+        raise ValueError(
+            f"noise_schedule: is not that of objective.teacher={objective.teacher}, whose recipe.yaml says which; take the teacher's"
+        )
+    if objective.prediction not in ("base", descriptor.prediction_type):
+        raise ValueError(
+            f"objective.prediction={objective.prediction}: the teacher {objective.teacher} predicts {descriptor.prediction_type}; "
+            f"set objective.prediction={descriptor.prediction_type}"
+        )
+    module = build()
+    module.load_state_dict(teacher.model.state_dict())
+    return _Start(module, descriptor, alpha_bar, build)
 
 
 def _micro_batch(config: RunConfig, objective: Objective, batch: MicroBatch, step: int, index: int, *, stratified: bool) -> Work:
@@ -130,7 +215,7 @@ def _set_up(model: UNet2DModel, config: RunConfig) -> Kernels:
     return use_attention(model, config.engine.attention, ranks.device(), **({} if precision is None else {"dtype": precision}))
 
 
-def _denoising(objective: DenoisingConfig, alpha_bar: Tensor) -> Objective:
+def _denoising(objective: DenoisingConfig, alpha_bar: Tensor, prediction: Prediction) -> Objective:
     def loss(model: Denoiser, x_0: Tensor, draws: Draws) -> Tensor:
         noise = draws.noise.to(x_0.device)
         if objective.offset_noise:
@@ -141,7 +226,7 @@ def _denoising(objective: DenoisingConfig, alpha_bar: Tensor) -> Objective:
             noise=noise,
             uniforms=draws.uniforms,
             alpha_bar=alpha_bar,
-            prediction=objective.prediction,
+            prediction=prediction,
             loss=objective.loss,
             min_snr_gamma=objective.min_snr_gamma,
         )
@@ -149,7 +234,7 @@ def _denoising(objective: DenoisingConfig, alpha_bar: Tensor) -> Objective:
     return loss
 
 
-def _halving(objective: ProgressiveDistillationConfig, teacher: Denoiser, grid: HalvingGrid) -> Objective:
+def _halving(objective: ProgressiveDistillationConfig, teacher: Denoiser, grid: HalvingGrid, prediction: Prediction) -> Objective:
     def loss(model: Denoiser, x_0: Tensor, draws: Draws) -> Tensor:
         return halving_loss(
             model,
@@ -158,7 +243,7 @@ def _halving(objective: ProgressiveDistillationConfig, teacher: Denoiser, grid: 
             noise=draws.noise.to(x_0.device),
             uniforms=draws.uniforms,
             grid=grid,
-            prediction=objective.prediction,
+            prediction=prediction,
             target=objective.target,
             loss=objective.loss,
             clip_target=objective.clip_target,

@@ -11,6 +11,7 @@ KINDS: Mapping[str, str] = {
     "wuerstchen_prior": "Wuerstchen's prior; beside it decoder/, and image_encoder/ of true size (EfficientNetV2-S has no other)",
     "kandinsky22_prior": "Kandinsky 2.2's prior: text to image embeddings",
     "kandinsky22_decoder": "Kandinsky 2.2's decoder: image embeddings to images; beside it image_encoder/",
+    "ddpm": "google's DDPM of faces: a UNet2DModel of pixels, 32 of them a side, predicts eps",
     "autoencoder": "AutoencoderKL alone, 8 times down to 4 channels",
     "clip": "CLIP, text and image encoder, for scores",
     "blip": "BLIP, a captioner",

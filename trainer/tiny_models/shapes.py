@@ -68,6 +68,16 @@ _KANDINSKY_DECODER: Changes = {
     "image_encoder": _VISION,
     "image_processor": _PROCESSOR,
 }
+_DDPM: Changes = {
+    "unet": {
+        "sample_size": 32,
+        "layers_per_block": 1,
+        "block_out_channels": [16, 32, 32],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 8,
+    }
+}
 
 _SHAPES: Mapping[str, tuple[str, Changes]] = {
     "stable_diffusion": ("stable_diffusion_1_5", _SD1),
@@ -78,6 +88,7 @@ _SHAPES: Mapping[str, tuple[str, Changes]] = {
     "wuerstchen_decoder": ("wuerstchen_decoder", _WUERSTCHEN_DECODER),
     "kandinsky22_prior": ("kandinsky22_prior", _KANDINSKY_PRIOR),
     "kandinsky22_decoder": ("kandinsky22_decoder", _KANDINSKY_DECODER),
+    "ddpm": ("ddpm_celebahq_256", _DDPM),
 }
 
 

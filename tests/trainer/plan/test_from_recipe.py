@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from trainer.config import RunConfig
@@ -30,6 +31,14 @@ def test_a_halving_has_its_teacher_beside_it() -> None:
     [teacher] = plan.frozen
     work = work_of(plan)
     assert (teacher.name, teacher.parameters, teacher.flops_per_image) == ("teacher", work.trained, 2 * work.forward_flops)
+
+
+@pytest.mark.parametrize(("name", "millions", "teachers"), [("ddpm_celebahq_cartoon", 113.673, 0), ("distill_cifar10_500", 35.746, 1)])
+def test_the_papers_pixel_models_are_planned_without_their_weights(name: str, millions: float, teachers: int) -> None:
+    plan = plan_input(load_recipe(recipe_path(name)), world_size=1, ranks_per_node=1, on_gpu=True)
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in plan.build().parameters()) / 1e6 == pytest.approx(millions, abs=0.001)
+    assert [part.name for part in plan.frozen] == ["teacher"] * teachers
 
 
 def test_shards_that_are_not_there_ask_for_the_size_of_their_images(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMPipeline,
     DiffusionPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -78,6 +79,13 @@ def test_inpainting_takes_nine_channels_at_any_side(tiny: Folder) -> None:
     for side in (64, 128):
         image, mask = Image.new("RGB", (side, side), "red"), Image.new("L", (side, side), 255)
         assert drawn(loaded, prompt="a car", image=image, mask_image=mask, height=side, width=side).shape == (side, side, 3)
+
+
+def test_a_ddpm_draws_pixels(tiny: Folder) -> None:
+    loaded = DiffusionPipeline.from_pretrained(tiny("ddpm"), local_files_only=True)
+    assert type(loaded) is DDPMPipeline
+    assert (loaded.scheduler.config.variance_type, loaded.scheduler.config.clip_sample) == ("fixed_small", True)
+    assert drawn(loaded).shape == (32, 32, 3)
 
 
 def test_wuerstchen_goes_from_text_to_latents_to_images(tiny: Folder) -> None:
