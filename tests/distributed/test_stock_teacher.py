@@ -36,7 +36,7 @@ def test_a_hub_ids_pipeline_is_halved_and_drawn_online_and_offline(tmp_path: Pat
     assert (str(teacher.run_dir), teacher.trained_here) == (f"tester/ddpm@{commit}", False)
     assert load_recipe(student.run_dir / "recipe.yaml").model == DdpmConfig(base="tester/ddpm", revision=commit)
     halfstep(*words, environment=offline)
-    halfstep("sample", "tester/ddpm", "--steps", "2", "--images", "1", "--out", tmp_path / "teacher.png", environment=offline)
+    halfstep("sample", f"tester/ddpm@{commit}", "--steps", "2", "--images", "1", "--out", tmp_path / "teacher.png", environment=offline)
     halfstep("sample", chain, "--steps", "4", "--images", "1", "--out", tmp_path / "student.png", environment=offline)
     assert (tmp_path / "teacher.png").stat().st_size and (tmp_path / "student.png").stat().st_size
     assert print_status(chain, as_json=True) == 0
