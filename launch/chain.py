@@ -3,9 +3,9 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, final
 
 from data_shards.files import json_text, replace_file
 from launch.data import with_data
@@ -27,6 +27,7 @@ from trainer.config import (
     student_counts,
 )
 from trainer.config_io import load_recipe
+from trainer.config_sections import PredictionOrBase
 from trainer.stages import stage_name
 from trainer.stock import is_stock, stock_recipe
 
@@ -84,59 +85,99 @@ def _agree(given: Section, theirs: Section) -> bool:
 
 def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path | Sequence[Path]) -> None:
     """Write (or check) the chain's own files and each stage's RUN_DIR up to its frozen recipe."""
-    counts = (distill.start_steps, *student_counts(distill))
     shards = [shards] if isinstance(shards, Path) else shards
     freeze(chain_dir, config, shards=shards, steps_fixed=True)
+    levels = config.noise_schedule.steps
     if distill.teacher is None:
-        levels = config.noise_schedule.steps
         teacher = stage_name(0, levels)
         stages = [{"name": teacher, "steps": levels, "run_dir": teacher}]
         freeze(chain_dir / teacher, _stage_config(config, chain_dir / teacher, shards), shards=shards, steps_fixed=True)
     else:
         teacher = teacher_place(distill.teacher, getattr(config.model, "revision", None))
-        stages = [{"name": "teacher", "steps": config.noise_schedule.steps, "run_dir": teacher}]
+        stages = [{"name": "teacher", "steps": levels, "run_dir": teacher}]
     names = stage_names(config, distill)
-    for number, (teacher_steps, steps) in enumerate(pairwise(counts), start=1):
-        name = stage_name(number, steps)
-        stage = student_config(config, distill, number=number, teacher_steps=teacher_steps, steps=steps)
+    for stage in planned_stages(config, distill):
         source = f"../{teacher}" if teacher in names else teacher
-        stage = stage.model_copy(update={"objective": stage.objective.model_copy(update={"teacher": source})})
-        freeze(chain_dir / name, _stage_config(stage, chain_dir / name, shards), shards=shards, steps_fixed=True)
-        stages.append({"name": name, "steps": steps, "run_dir": name})
-        teacher = name
+        recipe = student_config(config, distill, stage, teacher=source)
+        freeze(chain_dir / stage.name, _stage_config(recipe, chain_dir / stage.name, shards), shards=shards, steps_fixed=True)
+        stages.append({"name": stage.name, "steps": stage.steps, "run_dir": stage.name})
+        teacher = stage.name
     replace_file(chain_dir / "chain.json", json_text({"schema_version": 1, "stages": stages}))
+
+
+@final
+@dataclass(frozen=True)
+class PlannedStage:
+    """A student of a chain: its place in it, and what it has of its teacher."""
+
+    number: int
+    """From 1, the stage that gives the students another head included; the teacher is stage 0."""
+    halving: int | None
+    """From 1 without that stage: which of the recipe's values are its; None for that stage."""
+    teacher_steps: int
+    steps: int
+    prediction: PredictionOrBase
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return stage_name(self.number, self.steps)
+
+
+def planned_stages(config: RunConfig, distill: DistillConfig) -> list[PlannedStage]:
+    """The students that a chain trains, in order; where the head changes, a stage of the same steps stands before the next halving."""
+    prediction, change, stages = pixel_objective(config).prediction, distill.head_change, list[PlannedStage]()
+    counts = (distill.start_steps, *student_counts(distill))
+    for halving, steps in enumerate(counts):
+        if halving:
+            stages.append(PlannedStage(len(stages) + 1, halving, counts[halving - 1], steps, prediction))
+        if change is not None and steps == (change.at_steps or distill.start_steps):
+            prediction = change.prediction
+            stages.append(PlannedStage(len(stages) + 1, None, steps, steps, prediction))
+    return stages
 
 
 def stage_names(config: RunConfig, distill: DistillConfig) -> list[str]:
     """Folders of the stages that a chain trains, teacher first."""
     teacher = [] if distill.teacher else [stage_name(0, config.noise_schedule.steps)]
-    return [*teacher, *(stage_name(number, steps) for number, steps in enumerate(student_counts(distill), start=1))]
+    return [*teacher, *(stage.name for stage in planned_stages(config, distill))]
 
 
-def student_config(config: RunConfig, distill: DistillConfig, *, number: int, teacher_steps: int, steps: int) -> RunConfig:
-    """The recipe of stage `number` (from 1), whose student samples in `steps` steps; its objective's teacher is still to be named."""
+def student_config(config: RunConfig, distill: DistillConfig, stage: PlannedStage, *, teacher: str) -> RunConfig:
+    """The recipe of a stage. teacher: its folder, as seen from the stage's."""
+    change = distill.head_change if stage.halving is None else None
+    if change is not None:
+        updates, learning_rate, turn_steps = change.updates, change.learning_rate, max(1, round(change.turn * change.updates))
+        teacher_precision, stop_when = distill.teacher_precision or "fp32", None
+    else:
+        assert stage.halving is not None, "the only stage without a halving is the head's"
+        updates, learning_rate = (_of_stage(values, stage.halving) for values in (distill.updates, distill.learning_rate))
+        updates, turn_steps, teacher_precision, stop_when = int(updates), None, distill.teacher_precision, distill.stop_when
     objective = ProgressiveDistillationConfig(
-        teacher="..",
-        teacher_steps=teacher_steps,
-        student_steps=steps,
+        teacher=teacher,
+        teacher_steps=stage.teacher_steps,
+        student_steps=stage.steps,
         target=distill.target,
         sampler=distill.sampler,
-        prediction=pixel_objective(config).prediction,
+        prediction=stage.prediction,
+        turn_steps=turn_steps,
         loss=distill.loss,
         min_snr_gamma=distill.min_snr_gamma,
-        clip_target=distill.clip_target,
+        clip_target=distill.clip_target or (change is not None and change.clip),
+        teacher_precision=teacher_precision,
+        stop_when=stop_when,
+        feature_weight=distill.feature_weight if stage.halving is not None and stage.halving > len(student_counts(distill)) - 2 else None,
     )
     batch = distill.global_batch_size or config.data.global_batch_size
     every = distill.checkpoint_every_steps or config.checkpoint.every_steps
-    updates = _of_stage(distill.updates, number)
     warmup_steps = min(distill.lr_schedule.warmup_steps, updates // 5)
     return config.model_copy(
         update={
-            "seed": stage_seed(config.seed, number),
+            "seed": stage_seed(config.seed, stage.number),
             "model": _begun(config.model),
             "data": config.data.model_copy(update={"global_batch_size": batch}),
             "objective": objective,
-            "optim": config.optim.model_copy(update={"learning_rate": _of_stage(distill.learning_rate, number)}),
+            "optim": config.optim.model_copy(update={"learning_rate": learning_rate}),
             "lr_schedule": distill.lr_schedule.model_copy(update={"warmup_steps": warmup_steps}),
             "ema": EmaConfig(decay=distill.ema_decay, warmup=config.ema.warmup),
             "train": config.train.model_copy(update={"steps": updates}),

@@ -17,9 +17,10 @@ from launch.models import is_hub_id, teacher_place, with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.sweep import is_sweep
-from trainer.config import ProgressiveDistillationConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
+from trainer.export_folder import with_teacher_path
 from trainer.stock import is_stock
 
 
@@ -239,7 +240,4 @@ def check_engine(config: RunConfig, ranks: int) -> None:
 
 def _with_absolute_teacher(config: RunConfig) -> RunConfig:
     """A teacher's path as the user's directory sees it, for ranks that look from RUN_DIR."""
-    if not isinstance(config.objective, ProgressiveDistillationConfig):
-        return config
-    teacher = teacher_place(config.objective.teacher, getattr(config.model, "revision", None))
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"teacher": teacher})})
+    return with_teacher_path(config, lambda teacher: teacher_place(teacher, getattr(config.model, "revision", None)))

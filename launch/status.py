@@ -15,6 +15,7 @@ from launch.run_lock import is_locked
 from launch.submitted import Submission, submissions
 from launch.sweep import is_sweep, sweep_runs
 from trainer.chain import read_chain
+from trainer.config import ProgressiveDistillationConfig
 from trainer.config_io import load_recipe
 from trainer.export_folder import is_export
 
@@ -99,8 +100,7 @@ def run_status(run_dir: Path, *, ended: str | None, job: Queued | None = None) -
         return _derive_status(run_dir, job)
     if not (run_dir / "recipe.yaml").exists():
         raise ValueError(f"{run_dir}: no recipe.yaml there; wanted a RUN_DIR or a chain's directory")
-    recipe = load_recipe(run_dir / "recipe.yaml", [])
-    total = recipe.train.steps
+    recipe, total = load_recipe(run_dir / "recipe.yaml", []), _total_steps(run_dir)
     last = _last_line(run_dir / "metrics.jsonl")
     # a step whose numbers were bad has no line: where it was the last one, the checkpoint knows better
     logged = _number(last, "step")
@@ -172,8 +172,7 @@ def is_done(run_dir: Path) -> bool:
         return is_finished(run_dir.parent)
     if (run_dir / "chain.json").exists():
         return all(is_done(stage.run_dir) for stage in read_chain(run_dir) if stage.trained_here)
-    total = load_recipe(run_dir / "recipe.yaml", []).train.steps
-    return _committed_step(run_dir) >= total and _is_exported(run_dir)
+    return _committed_step(run_dir) >= _total_steps(run_dir) and _is_exported(run_dir)
 
 
 def _is_exported(run_dir: Path) -> bool:
@@ -237,6 +236,15 @@ def _committed_step(run_dir: Path) -> int:
     """Steps behind the newest committed checkpoint; 0 without one."""
     names = (path.parent.name.removeprefix("step_") for path in run_dir.glob("checkpoints/step_*/manifest.json"))
     return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _total_steps(run_dir: Path) -> int:
+    """The steps of a run: the recipe's, or those after which its student had learnt enough."""
+    recipe, step = load_recipe(run_dir / "recipe.yaml", []), _committed_step(run_dir)
+    if isinstance(recipe.objective, ProgressiveDistillationConfig) and recipe.objective.stop_when is not None and step:
+        manifest = read_json_object(run_dir / "checkpoints" / f"step_{step:06d}" / "manifest.json")
+        return step if manifest.get("learnt_enough") is True else recipe.train.steps
+    return recipe.train.steps
 
 
 def _ended(path: Path) -> str | None:

@@ -294,8 +294,8 @@ def pixel_objective(config: RunConfig) -> DenoisingConfig | ProgressiveDistillat
 
 
 def student_counts(distill: DistillConfig) -> tuple[int, ...]:
-    """Sampling steps of the chain's students, first stage first: from half of start_steps down to end_steps."""
-    return tuple(halving_counts(distill.start_steps, distill.end_steps))[1:]
+    """Sampling steps of the chain's students, first halving first: from half of start_steps down to end_steps, skipped ones left out."""
+    return tuple(count for count in halving_counts(distill.start_steps, distill.end_steps)[1:] if count not in (distill.skip or ()))
 
 
 def identity(config: RunConfig) -> dict[str, object]:
@@ -337,6 +337,8 @@ def _chain_problems(config: RunConfig, distill: DistillConfig) -> Iterator[Probl
         yield Problem(("distill.global_batch_size", "data.micro_batch_size"), text)
     if off:
         return
+    yield from _skip_problems(distill)
+    yield from _head_problems(config, distill)
     counts = student_counts(distill)
     students = ", ".join(map(str, counts))
     for name, values in (("updates", distill.updates), ("learning_rate", distill.learning_rate)):
@@ -344,3 +346,24 @@ def _chain_problems(config: RunConfig, distill: DistillConfig) -> Iterator[Probl
             text = f"{len(values)} values for {len(counts)} stages (students of {students} steps)"
             hint = f"give {len(counts)} values, or one number for all"
             yield Problem((f"distill.{name}", "distill.start_steps", "distill.end_steps"), f"{text}; {hint}")
+
+
+def _skip_problems(distill: DistillConfig) -> Iterator[Problem]:
+    between = halving_counts(distill.start_steps, distill.end_steps)[1:-1]
+    if off := [count for count in distill.skip or () if count not in between]:
+        listed = ", ".join(map(str, between)) or "none"
+        text = f"{off[0]} is no student between start_steps={distill.start_steps} and end_steps={distill.end_steps} ({listed})"
+        yield Problem(("distill.skip", "distill.start_steps", "distill.end_steps"), f"{text}; take it out of distill.skip")
+
+
+def _head_problems(config: RunConfig, distill: DistillConfig) -> Iterator[Problem]:
+    change = distill.head_change
+    if change is None:
+        return
+    counts = (distill.start_steps, *student_counts(distill))
+    if change.at_steps is not None and change.at_steps not in counts:
+        text = f"no model of the chain samples in {change.at_steps} steps, only in {', '.join(map(str, counts))}"
+        yield Problem(("distill.head_change.at_steps",), f"{text}; set distill.head_change.at_steps={counts[0]}")
+    if isinstance(config.objective, DenoisingConfig) and config.objective.prediction == change.prediction:
+        text = f"the first teacher predicts {change.prediction} already"
+        yield Problem(("distill.head_change.prediction", "objective.prediction"), f"{text}; set distill.head_change=null")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config_sections import Count, CountOrZero, Counts, Flags, Fraction, Positive, Problem, Section
+from trainer.config_sections import Count, CountOrZero, Counts, DistillationLoss, Flags, Fraction, Positive, Problem, Section
 
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -240,6 +240,27 @@ class MasksConfig(Section):
             yield Problem(names, "all shares are 0, so that no mask can be drawn; set objective.inpainting.rectangle=1")
 
 
+class LatentHalvingConfig(Section):
+    """A student that halves the sampling steps of a latent teacher, whose guidance it learns to do without (arXiv:2210.03142)."""
+
+    teacher: Text
+    """Run directory of the teacher, of the same model and adaptation; its averaged weights teach and are the student's first weights."""
+    teacher_steps: Annotated[int, Field(ge=2)]
+    """Sampling steps of the teacher, evenly spaced from the noisiest level on; they divide the number of noise levels."""
+    student_steps: Count
+    """Sampling steps of the student: half of the teacher's, or a quarter, an eighth ..."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Classifier-free guidance of the teacher, as pipelines count it; 1 is none, as for a teacher that is a student itself."""
+    loss: DistillationLoss = "v_mse"
+    """Space and weight of the squared error."""
+
+    def problems(self) -> Iterator[Problem]:
+        covered, left = divmod(self.teacher_steps, self.student_steps)
+        if left or covered < 2 or covered & (covered - 1):
+            text = f"{self.student_steps} steps are no half, quarter, eighth ... of teacher_steps={self.teacher_steps}"
+            yield Problem(("student_steps", "teacher_steps"), f"{text}; set objective.halving.student_steps={self.teacher_steps // 2}")
+
+
 class LatentDenoisingConfig(Section):
     """Learn to undo noise of any level in a latent."""
 
@@ -261,6 +282,8 @@ class LatentDenoisingConfig(Section):
     """Probability in [0, 1) of training with an empty caption, for classifier-free guidance; 0.1 is usual."""
     stratified: bool = True
     """Spread the timesteps evenly over the global batch instead of drawing each alone."""
+    halving: LatentHalvingConfig | None = None
+    """Learn from a trained teacher to sample in fewer steps; null: learn to denoise from the data alone."""
     inpainting: MasksConfig | None = None
     """Learn to fill masked parts; bases with 4 input channels are widened to 9. Null: text to image."""
 

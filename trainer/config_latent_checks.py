@@ -45,10 +45,37 @@ def latent_problems(config: "RunConfig") -> Iterator[Problem]:
         yield Problem(("distill", "model.kind"), f"halvings are of pixel models, not of {model.kind}; leave the distill section out")
     if isinstance(objective, LatentDenoisingConfig):
         yield from _objective_problems(config, objective)
+        yield from _halving_problems(config, objective)
     yield from _stored_problems(config)
     if model.kind == "kandinsky22_prior" and config.train.memory_format == "channels_last":
         text = "a prior's latents have no height and width"
         yield Problem(("train.memory_format", "model.kind"), f"{text}; set train.memory_format=contiguous")
+
+
+def _halving_problems(config: "RunConfig", objective: LatentDenoisingConfig) -> Iterator[Problem]:
+    """What a student of fewer steps cannot be, and how it has to draw."""
+    halving, model = objective.halving, config.model
+    if halving is None:
+        return
+    if not isinstance(model, LatentBaseConfig | StableDiffusionConfig) or objective.inpainting is not None or config.dreambooth is not None:
+        text = "halvings are of text-to-image models alone"
+        yield Problem(("objective.halving", "model.kind", "objective.inpainting", "dreambooth"), f"{text}; set objective.halving=null")
+    if objective.input_perturbation:
+        text = "a student sees what its teacher sees"
+        yield Problem(("objective.input_perturbation", "objective.halving"), f"{text}; set objective.input_perturbation=0")
+    levels = config.noise_schedule.steps
+    if levels % halving.teacher_steps:
+        text = f"{halving.teacher_steps} steps do not divide the {levels} noise levels, as stock samplers want it"
+        nearest = min((n for n in range(2, levels + 1) if levels % n == 0), key=lambda n: abs(n - halving.teacher_steps), default=levels)
+        keys = ("objective.halving.teacher_steps", "noise_schedule.steps")
+        yield Problem(keys, f"{text}; set objective.halving.teacher_steps={nearest}")
+    if config.logging.sample_steps != halving.student_steps:
+        text = f"the student draws in {halving.student_steps} steps, not in {config.logging.sample_steps}"
+        keys = ("logging.sample_steps", "objective.halving.student_steps")
+        yield Problem(keys, f"{text}; set logging.sample_steps={halving.student_steps}")
+    if config.validation.guidance_scale != 1:
+        text = f"the student draws without guidance, which it has learnt, not with {config.validation.guidance_scale:g}"
+        yield Problem(("validation.guidance_scale", "objective.halving"), f"{text}; set validation.guidance_scale=1")
 
 
 def _class_problems(config: "RunConfig") -> Iterator[Problem]:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from trainer.stages import halving_counts
+
 Prediction = Literal["v", "eps", "x_0"]
 PredictionOrBase = Literal["v", "eps", "x_0", "base"]
 Sampler = Literal["ddim", "ancestral"]
@@ -133,6 +135,21 @@ class DenoisingConfig(Section):
     """Spread the timesteps evenly over the global batch instead of drawing each alone."""
 
 
+class StopWhenConfig(Section):
+    """End a stage before its last update once its student's error against its teacher has stopped falling.
+
+    The error is that of the averaged weights on the run's first images with noise of their own, the same at every measurement."""
+
+    every_steps: Count = 20
+    """Optimizer steps between two measurements, the first before step 0."""
+    images: Count = 64
+    """Images measured; at most data.global_batch_size of them."""
+    least_gain: Fraction = 0.02
+    """A measurement is a fall if it is below the lowest one so far by this share of it."""
+    patience: Count = 3
+    """Measurements in a row without a fall that end the stage."""
+
+
 class ProgressiveDistillationConfig(Section):
     """Learn to cover two sampling steps of a teacher in one; `halfstep distill` writes this section for each stage."""
 
@@ -143,13 +160,15 @@ class ProgressiveDistillationConfig(Section):
     teacher_steps: Annotated[int, Field(ge=2)]
     """Sampling steps of the teacher; a count of the halving sequence of noise_schedule.steps."""
     student_steps: Count
-    """Sampling steps of the student: half the teacher's, rounded up."""
+    """Sampling steps of the student: half the teacher's, rounded up; a quarter or less skips stages; all of them for another head."""
     target: Sampler = "ddim"
-    """ddim: one student step lands where two teacher steps do; ancestral: the teacher's clean image at its second level."""
+    """ddim: one student step lands where its teacher's covered steps do; ancestral: the teacher's clean image at its last covered level."""
     sampler: Sampler = "ddim"
     """Sampler that the student is meant for, written into its descriptor; usually the target."""
     prediction: PredictionOrBase = "v"
-    """What the network puts out; equals the teacher's. base: what the scheduler of model.base says."""
+    """What the network puts out; equals the teacher's unless turn_steps is given. base: the teacher's, where it comes from model.base."""
+    turn_steps: Count | None = None
+    """Optimizer steps over which the head turns from the teacher's prediction, where it is another, to this one; null: the same."""
     loss: DistillationLoss = "v_mse"
     """Space and weight of the squared error."""
     min_snr_gamma: Positive = 5.0
@@ -158,12 +177,30 @@ class ProgressiveDistillationConfig(Section):
     """Clip the teacher's clean images to [-1, 1] inside the target."""
     stratified: bool = True
     """Spread the timesteps evenly over the global batch instead of drawing each alone."""
+    feature_weight: Positive | None = None
+    """Weight of the distance between features (edges at three scales) of the student's clean image and the target's; null: none."""
+    teacher_precision: Literal["fp32", "bf16"] | None = None
+    """Type of the teacher's activations; null: engine.precision."""
+    stop_when: StopWhenConfig | None = None
+    """End before train.steps once the student learns no more; null: never."""
 
     def problems(self) -> Iterator[Problem]:
         half = (self.teacher_steps + 1) // 2
-        if self.student_steps != half:
-            text = f"the student of a teacher of {self.teacher_steps} steps takes {half}, not {self.student_steps}"
+        counts = halving_counts(self.teacher_steps, 1)
+        if self.student_steps == self.teacher_steps and self.turn_steps is None:
+            text = "a student of its teacher's steps and head has nothing to learn"
+            yield Problem(("student_steps", "turn_steps"), f"{text}; set objective.student_steps={half}")
+        elif self.student_steps not in counts:
+            text = (
+                f"the student of a teacher of {self.teacher_steps} steps takes {half}, or as many halvings more, not {self.student_steps}"
+            )
             yield Problem(("student_steps", "teacher_steps"), f"{text}; set objective.student_steps={half}")
+        if self.feature_weight is not None and self.turn_steps is not None:
+            text = "a head that turns is far from any clean image at first"
+            yield Problem(("feature_weight", "turn_steps"), f"{text}; set objective.feature_weight=null")
+        if self.stop_when is not None and self.turn_steps is not None:
+            text = "a head that turns is measured at another angle each time"
+            yield Problem(("stop_when", "turn_steps"), f"{text}; set objective.stop_when=null")
 
 
 class LinearNoiseSchedule(Section):
@@ -413,6 +450,25 @@ class LoggingConfig(Section):
     """Sampling steps of a sample grid; at most noise_schedule.steps."""
 
 
+class HeadChangeConfig(Section):
+    """A stage of a chain whose student takes its teacher's steps with another head, such as v in place of eps.
+
+    The head turns from the teacher's prediction to its own: before the first update the student is its teacher's function."""
+
+    prediction: Literal["v", "x_0"] = "v"
+    """What the student and all after it predict."""
+    at_steps: Count | None = None
+    """Sampling steps at which the head changes: distill.start_steps or a student's; null: distill.start_steps."""
+    updates: Count
+    """Optimizer steps of the stage."""
+    turn: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the updates in which the head turns, in (0, 1]; in the rest it settles."""
+    learning_rate: Positive = 3e-4
+    """Peak learning rate of the stage."""
+    clip: bool = True
+    """Clip the teacher's clean images to [-1, 1], as samplers do: an eps teacher's are far out where there is noise alone."""
+
+
 class DistillConfig(Section):
     """A chain of halvings: each stage's student covers two steps of its teacher in one."""
 
@@ -423,7 +479,7 @@ class DistillConfig(Section):
     end_steps: Count = 1
     """Sampling steps of the last student; a later count of that sequence."""
     target: Sampler = "ddim"
-    """ddim: one student step lands where two teacher steps do; ancestral: the teacher's clean image at its second level."""
+    """ddim: one student step lands where its teacher's covered steps do; ancestral: the teacher's clean image at its last covered level."""
     sampler: Sampler = "ddim"
     """Sampler that the students are meant for; the target unless given."""
     loss: DistillationLoss = "v_mse"
@@ -432,6 +488,16 @@ class DistillConfig(Section):
     """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
     clip_target: bool = False
     """Clip the teacher's clean images to [-1, 1] inside the target."""
+    skip: Counts | None = None
+    """Students left out, counts between start_steps and end_steps: the next one covers four (eight ...) teacher steps; null: none."""
+    head_change: HeadChangeConfig | None = None
+    """A stage that gives the students another head than their first teacher's; null: they keep it."""
+    feature_weight: Positive | None = None
+    """Weight of the distance of features in the last two stages, see objective.feature_weight; null: none."""
+    teacher_precision: Literal["fp32", "bf16"] | None = None
+    """Type of the teachers' activations; null: engine.precision, and fp32 while the head changes."""
+    stop_when: StopWhenConfig | None = None
+    """End a stage before its updates once its student learns no more; null: never. Wants a constant lr_schedule to pay off."""
     updates: Count | Counts
     """Optimizer steps of a stage: one number for all, or a list with one per stage."""
     learning_rate: Positive | Rates = 3e-4

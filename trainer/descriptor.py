@@ -14,6 +14,7 @@ SCHEMA_VERSION = 1
 
 Allowed = TypeVar("Allowed")
 
+_PREDICTIONS: tuple[Prediction, ...] = ("v", "eps", "x_0")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A descriptor without them says nothing of them: it is compared by the others.
 _OPTIONAL = ("text_2_sha256",)
@@ -48,6 +49,8 @@ class Descriptor:
     """Of the EMA weights that fine-tuning began with; None for a student, and for a model that began with random ones."""
     base: PixelBase | None = None
     """The stock model that it was made from, directly or through its teachers; None for one from scratch."""
+    heads: tuple[Prediction, ...] = ()
+    """What the models before this one predicted, first teacher first, and at last prediction_type; empty where all predict the same."""
 
     def to_json(self) -> dict[str, object]:
         """The fields as descriptor.json and checkpoint manifests hold them."""
@@ -66,6 +69,7 @@ class Descriptor:
             "channels": self.channels,
             **({} if self.start_sha256 is None else {"start_sha256": self.start_sha256}),
             **base,
+            **({"heads": list(self.heads)} if self.heads else {}),
         }
 
     @staticmethod
@@ -79,7 +83,7 @@ class Descriptor:
         fields.one_of("schema_version", (SCHEMA_VERSION,))
         timesteps = fields.ascending_integers("timesteps")
         return Descriptor(
-            prediction_type=fields.one_of("prediction_type", ("v", "eps", "x_0")),
+            prediction_type=fields.one_of("prediction_type", _PREDICTIONS),
             alpha_bar_sha256=fields.sha256("alpha_bar_sha256"),
             timesteps=timesteps,
             clip=fields.one_of("clip", (False, True)),
@@ -91,6 +95,7 @@ class Descriptor:
             channels=fields.positive_integer("channels"),
             start_sha256=None if value.get("start_sha256") is None else fields.sha256("start_sha256"),
             base=pixel_base(value["base"], where=where) if "base" in value else None,
+            heads=fields.predictions("heads") if "heads" in value else (),
         )
 
 
@@ -142,6 +147,14 @@ class _Fields:
         if not isinstance(got, int) or isinstance(got, bool) or got < 1:
             raise self.wrong(name, "an integer above 0")
         return got
+
+    def predictions(self, name: str) -> tuple[Prediction, ...]:
+        got = self.get(name)
+        listed = got if isinstance(got, list) else []
+        chosen: tuple[Prediction, ...] = tuple(choice for entry in listed for choice in _PREDICTIONS if entry == choice)
+        if not chosen or len(chosen) != len(listed):
+            raise self.wrong(name, "a list of v, eps and x_0")
+        return chosen
 
     def ascending_integers(self, name: str) -> tuple[int, ...]:
         got = self.get(name)

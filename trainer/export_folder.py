@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_shards.files import fsync_directory, json_text, read_json_object, write_durable
 from trainer.config import ProgressiveDistillationConfig, RunConfig
+from trainer.config_latent import LatentDenoisingConfig, LatentHalvingConfig
 
 SCHEMA_VERSION = 1
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -106,10 +107,19 @@ def portable_recipe(recipe: RunConfig) -> RunConfig:
             "validation": recipe.validation.model_copy(update={"clip": clip and public_name(clip)}),
         }
     )
-    if not isinstance(recipe.objective, ProgressiveDistillationConfig):
-        return recipe
-    teacher = Path(recipe.objective.teacher).name
-    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": teacher})})
+    return with_teacher_path(recipe, lambda teacher: Path(teacher).name)
+
+
+def with_teacher_path(recipe: RunConfig, changed: Callable[[str], str]) -> RunConfig:
+    """A recipe with another path to its teacher, where it has one."""
+    match recipe.objective:
+        case ProgressiveDistillationConfig(teacher=teacher) as objective:
+            update: dict[str, object] = {"teacher": changed(teacher)}
+        case LatentDenoisingConfig(halving=LatentHalvingConfig(teacher=teacher) as halving) as objective:
+            update = {"halving": halving.model_copy(update={"teacher": changed(teacher)})}
+        case _:
+            return recipe
+    return recipe.model_copy(update={"objective": objective.model_copy(update=update)})
 
 
 def public_name(model: str) -> str:

@@ -38,6 +38,12 @@ _SAVE_TIMEOUT_SECONDS = 1800.0
 _LAST_SAVE_SECONDS = 60.0
 
 
+def saved_errors(checkpoint: Checkpoint | None) -> list[float]:
+    """The student's errors that were measured before a checkpoint, exactly; none without one."""
+    saved = checkpoint.manifest.get("student_errors") if checkpoint else None
+    return [float.fromhex(str(error)) for error in saved] if isinstance(saved, list) else []
+
+
 @final
 class Loop:
     """One attempt at a run: its files and its place."""
@@ -65,6 +71,7 @@ class Loop:
         saved_average = checkpoint.manifest.get("loss_average") if checkpoint else None
         self.average = LossAverage(spike_factor=config.numeric.spike_factor, saved=saved_average)
         self.losses_since_save: list[float] = []
+        self.errors = saved_errors(checkpoint)
         self.saver = Saver(
             run_dir,
             engine.state(),
@@ -97,7 +104,7 @@ class Loop:
             self._close()
         self.saver.close()
         self.stop.took(step - self.start_step)
-        if step < self.config.train.steps:
+        if step < self.config.train.steps and not self._learnt_enough():
             logger.info("stopped at step %d of %d; the same command goes on from there", step, self.config.train.steps)
             return CALL_AGAIN
         self.watch.phase("export" if ranks.is_rank_0() else "end", step)
@@ -116,12 +123,14 @@ class Loop:
         work = self._workload()
         boundary = time.perf_counter()
         while True:
-            ends = step in (train.steps, last_step) or asked
+            self._measure_student(step)
+            enough = self._learnt_enough()
+            ends = step in (train.steps, last_step) or asked or enough
             saves = step > start_step and (ends or step % config.checkpoint.every_steps == 0)
             draws = (
                 self.task.draw
                 and config.logging.sample_every_steps
-                and (step % config.logging.sample_every_steps == 0 or step == train.steps)
+                and (step % config.logging.sample_every_steps == 0 or step == train.steps or enough)
             )
             if saves:
                 self._save(step)
@@ -163,6 +172,20 @@ class Loop:
             step += 1
             if ended == ranks.world_size():
                 self._end_save(step)
+
+    def _measure_student(self, step: int) -> None:
+        """Measure the student's error where it is due and has not been measured before a resume. Collective."""
+        measured = self.task.student_error
+        if measured is None or step % measured.every_steps or len(self.errors) > step // measured.every_steps:
+            return
+        self.watch.phase("sample", step)
+        with self.engine.averaged() as averaged:
+            self.errors.append(measured.error(averaged))
+        logger.info("step %d: the student's error is %.4g", step, self.errors[-1])
+
+    def _learnt_enough(self) -> bool:
+        """Whether the student's error has stopped falling: a pure function of what was measured, which checkpoints hold."""
+        return self.task.student_error is not None and self.task.student_error.enough(self.errors)
 
     def _counts(self, step: int, result: StepResult, limit: float | None) -> bool:
         """Whether the step moved the weights; one that was bad is dealt with."""
@@ -244,7 +267,8 @@ class Loop:
             "loss_scale": dict(self.engine.loss_scale()),
             "loss_average": self.average.to_json(),
             "mean_loss": sum(losses) / len(losses) if losses else None,
-            "final": step == self.config.train.steps,
+            "final": step == self.config.train.steps or self._learnt_enough(),
+            **({"learnt_enough": self._learnt_enough(), "student_errors": [error.hex() for error in self.errors]} if self.errors else {}),
         }
         self.saver.start(step, facts)
 

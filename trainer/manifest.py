@@ -87,6 +87,11 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     return None
 
 
+def is_last(checkpoint: Checkpoint, total_steps: int) -> bool:
+    """Whether a run of `total_steps` ends with this checkpoint: it has them all, or its student had learnt enough before."""
+    return checkpoint.step >= total_steps or checkpoint.manifest.get("learnt_enough") is True
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder, its manifest checked, its other files not yet.
 

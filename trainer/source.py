@@ -128,8 +128,20 @@ def _load_run(run_dir: Path, *, ema: float | None) -> Source:
         )
     manifest = checkpoint.path / "manifest.json"
     descriptor = Descriptor.from_json(checkpoint.manifest.get("descriptor"), where=str(manifest))
-    recipe, tensors = load_recipe(recipe_path, ()), read_tensors(checkpoint, average_part(checkpoint, ema))
+    recipe = load_recipe(recipe_path, ())
+    _check_head(checkpoint, recipe)
+    tensors = read_tensors(checkpoint, average_part(checkpoint, ema))
     return _assemble(run_dir, descriptor, recipe=recipe, tensors=tensors, checkpoint=checkpoint)
+
+
+def _check_head(checkpoint: Checkpoint, recipe: RunConfig) -> None:
+    """Raise ValueError for a checkpoint whose head is still turning: its output is of neither prediction."""
+    turn_steps = getattr(recipe.objective, "turn_steps", None)
+    if turn_steps is not None and checkpoint.step < turn_steps:
+        raise ValueError(
+            f"{checkpoint.path}: its head is still turning, until step {turn_steps} (objective.turn_steps), and is neither its teacher's "
+            "nor its own; let the run go on"
+        )
 
 
 def average_part(checkpoint: Checkpoint, decay: float | None) -> str:

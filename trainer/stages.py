@@ -13,6 +13,22 @@ def halve(timesteps: Sequence[int]) -> tuple[int, ...]:
     return tuple(timesteps[::-2][::-1])
 
 
+def keep(timesteps: Sequence[int], student_steps: int) -> tuple[int, ...]:
+    """The ascending timesteps that a student of `student_steps` keeps: all of them, or those of one or more halvings.
+
+    Raises: ValueError if no halving of so many has so few."""
+    for _ in range(halvings(len(timesteps), student_steps)):
+        timesteps = halve(timesteps)
+    return tuple(timesteps)
+
+
+def halvings(teacher_steps: int, student_steps: int) -> int:
+    """How often the steps of a teacher are halved to be its student's: 0 for the same steps, 1 for a half, 2 for a quarter.
+
+    Raises: ValueError if no number of halvings leads there, naming the counts that there are."""
+    return len(halving_counts(teacher_steps, student_steps)) - 1
+
+
 def halving_counts(start: int, end: int) -> tuple[int, ...]:
     """Step counts from the teacher's `start` down to `end`: each half of the one before, rounded up.
 
@@ -42,6 +58,15 @@ def grid(schedule_steps: int, sampling_steps: int) -> tuple[int, ...]:
     if levels == sampling_steps:
         return tuple(range(schedule_steps - 1, -1, -stride))[::-1]
     return tuple(round(schedule_steps * (k + 1) / sampling_steps) - 1 for k in range(sampling_steps))
+
+
+def trailing(schedule_steps: int, sampling_steps: int) -> tuple[int, ...]:
+    """The original timesteps, ascending, of stock samplers with trailing spacing, where the steps divide the levels.
+
+    Source: Lin et al. 2023, arXiv:2305.08891, table 2."""
+    assert schedule_steps % sampling_steps == 0, f"{sampling_steps} steps do not divide {schedule_steps} levels"
+    stride = schedule_steps // sampling_steps
+    return tuple(range(stride - 1, schedule_steps, stride))
 
 
 def stage_name(index: int, steps: int) -> str:

@@ -21,7 +21,7 @@ from trainer.environment import record_devices
 from trainer.exit_codes import CALL_AGAIN, DONE
 from trainer.export import exported_checkpoint
 from trainer.loop import VOTES, Loop
-from trainer.manifest import Checkpoint, ever_committed, sweep_leftovers
+from trainer.manifest import Checkpoint, ever_committed, is_last, sweep_leftovers
 from trainer.numeric import RollBack
 from trainer.options import Options, flag, optional_text
 from trainer.stop import StopRequest
@@ -59,7 +59,7 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
     """From the newest checkpoint to the end, to a request to stop, or to a step that rolls the run back."""
     watch.phase("restore", 0)
     checkpoint = _checkpoint_to_resume(run_dir, allow_fresh=allow_fresh)
-    if checkpoint and checkpoint.step >= config.train.steps and exported_checkpoint(run_dir / "export") == checkpoint.sha256:
+    if checkpoint and is_last(checkpoint, config.train.steps) and exported_checkpoint(run_dir / "export") == checkpoint.sha256:
         return DONE
     if stop.may_take(config.train.stop_after_steps) == 0:
         return CALL_AGAIN

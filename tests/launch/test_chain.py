@@ -7,7 +7,7 @@ import pytest
 
 from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
-from launch.chain import freeze_chain, stage_seed, student_config, with_teacher
+from launch.chain import freeze_chain, planned_stages, stage_names, stage_seed, student_config, with_teacher
 from launch.run_dir import freeze
 from trainer.chain import read_chain
 from trainer.config import (
@@ -71,7 +71,8 @@ def test_every_stage_has_a_seed_of_its_own() -> None:
 def test_warm_up_takes_a_fifth_of_a_short_stage() -> None:
     config = _chain(lr_schedule={"kind": "linear", "warmup_steps": 5})
     assert config.distill is not None
-    warmups = [student_config(config, config.distill, number=n, teacher_steps=8, steps=4).lr_schedule.warmup_steps for n in (1, 2)]
+    stages = planned_stages(config, config.distill)
+    warmups = [student_config(config, config.distill, stage, teacher="..").lr_schedule.warmup_steps for stage in stages]
     assert warmups == [2, 5]
 
 
@@ -93,7 +94,7 @@ def test_students_of_a_fine_tuned_teacher_begin_with_the_teacher_alone(tmp_path:
     assert config.model == TinyUNetConfig(), "a recipe may name the teacher's own sections, too"
     with_teacher(_chain(teacher=str(teacher)).model_copy(update={"model": TinyUNetConfig()}), teacher)
     assert tuned.distill is not None
-    student = student_config(tuned, tuned.distill, number=1, teacher_steps=8, steps=4)
+    student = student_config(tuned, tuned.distill, planned_stages(tuned, tuned.distill)[0], teacher="..")
     assert student.model == TinyUNetConfig(), "a chain that fine-tunes its own teacher"
 
 
@@ -166,3 +167,53 @@ def test_a_chain_or_a_student_is_no_teacher(chain: Path) -> None:
         with_teacher(_chain(), chain)
     with pytest.raises(ValueError, match="is a student already"):
         with_teacher(_chain(), chain / "stage_01_0004_steps")
+
+
+def test_a_head_changes_in_a_stage_of_its_own_with_the_steps_of_its_teacher() -> None:
+    change = {"prediction": "x_0", "at_steps": 4, "updates": 50, "turn": 0.5, "learning_rate": 2e-4}
+    config = _chain(head_change=change)
+    assert config.distill is not None
+    stages = planned_stages(config, config.distill)
+    assert [(stage.number, stage.teacher_steps, stage.steps, stage.prediction) for stage in stages] == [
+        (1, 8, 4, "v"),
+        (2, 4, 4, "x_0"),
+        (3, 4, 2, "x_0"),
+    ]
+    assert stage_names(config, config.distill)[1:] == ["stage_01_0004_steps", "stage_02_0004_steps", "stage_03_0002_steps"]
+    recipes = [student_config(config, config.distill, stage, teacher="..") for stage in stages]
+    assert [recipe.train.steps for recipe in recipes] == [10, 50, 30]
+    assert [recipe.optim.learning_rate for recipe in recipes] == [1e-5, 2e-4, 1e-4]
+    objectives = [recipe.objective for recipe in recipes]
+    assert all(isinstance(objective, ProgressiveDistillationConfig) for objective in objectives)
+    assert [getattr(objective, "turn_steps", None) for objective in objectives] == [None, 25, None]
+    assert [getattr(objective, "clip_target", None) for objective in objectives] == [False, True, False]
+    assert [getattr(objective, "teacher_precision", None) for objective in objectives] == [None, "fp32", None]
+
+
+def test_a_head_changes_before_the_first_halving_unless_the_recipe_says_when() -> None:
+    config = _chain(head_change={"prediction": "x_0", "updates": 5})
+    assert config.distill is not None
+    assert [(stage.halving, stage.steps) for stage in planned_stages(config, config.distill)] == [(None, 8), (1, 4), (2, 2)]
+
+
+def test_a_skipped_student_leaves_four_steps_to_the_next_one() -> None:
+    config = _chain(skip=[4], updates=10, learning_rate=1e-4)
+    assert config.distill is not None
+    [stage] = planned_stages(config, config.distill)
+    objective = student_config(config, config.distill, stage, teacher="..").objective
+    assert isinstance(objective, ProgressiveDistillationConfig)
+    assert (objective.teacher_steps, objective.student_steps) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"skip": [2]}, r"2 is no student between start_steps=8 and end_steps=2 \(4\)"),
+        ({"skip": [4]}, r"2 values for 1 stages"),
+        ({"head_change": {"updates": 5}}, r"the first teacher predicts v already"),
+        ({"head_change": {"prediction": "x_0", "updates": 5, "at_steps": 3}}, r"no model of the chain samples in 3 steps, only in 8, 4, 2"),
+    ],
+)
+def test_a_chain_that_cannot_be_says_why(distill: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _chain(**distill)

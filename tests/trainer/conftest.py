@@ -15,6 +15,7 @@ from trainer.config import (
     LinearNoiseSchedule,
     LoggingConfig,
     NoiseScheduleConfig,
+    Prediction,
     ProgressiveDistillationConfig,
     RunConfig,
     Sampler,
@@ -50,12 +51,13 @@ def _write_run(
     seed: int = 0,
     levels: int = 1000,
     image_levels: int = 2,
+    prediction: Prediction = "v",
 ) -> Path:
     noise_schedule = SCHEDULES[schedule].model_copy(update={"steps": levels})
     recipe = RunConfig(
         data=DataConfig(faces=FacesConfig(count=8, size=IMAGE_SIZE)),
         model=TinyUNetConfig(channels=(8,) * image_levels, attention=(False, True)[-image_levels:], attention_heads=2, norm_groups=4),
-        objective=DenoisingConfig() if student_steps is None else _halving(student_steps, levels, sampler),
+        objective=DenoisingConfig(prediction=prediction) if student_steps is None else _halving(student_steps, levels, sampler),
         noise_schedule=noise_schedule,
         train=TrainConfig(steps=7),
         logging=LoggingConfig(sample_steps=min(50, levels)),
@@ -65,7 +67,7 @@ def _write_run(
     alpha_bar = build_alpha_bar(noise_schedule)
     timesteps = grid(levels, student_steps or levels)
     descriptor = Descriptor(
-        prediction_type="v",
+        prediction_type=prediction,
         alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
         timesteps=timesteps,
         clip=True,

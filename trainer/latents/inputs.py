@@ -64,6 +64,8 @@ class Inputs:
     text_2: TextEncoder | None = None
     """XL's second one."""
     image: ImageEncoder | None = None
+    prompts: Callable[[MicroBatch, Bool[Tensor, " b"]], Cond] | None = None
+    """(batch, which captions are left out) -> cond, of Stable Diffusion, where it is wanted apart from x_0."""
     unscaled: Callable[[Tensor], Tensor] | None = None
     """x_0 back on its encoder's scale, where a pipeline has to ask for it: of Kandinsky's prior."""
 
@@ -185,7 +187,7 @@ def _stable_diffusion(
             cond |= {"mask": latent_mask(masks, side), "masked_latents": sample_posterior(moments, noise) * scale}
         return x_0, cond
 
-    return Inputs(needed_fields(config), channels, side, "latents.npy", True, encode, vae=vae, text=text, text_2=text_2)
+    return Inputs(needed_fields(config), channels, side, "latents.npy", True, encode, vae=vae, text=text, text_2=text_2, prompts=prompts)
 
 
 def _vae_facts(base: str, config: RunConfig) -> tuple[float, int, int]:
@@ -235,7 +237,8 @@ def _dropped_text(
     if encoder is not None:
         return lambda batch, dropped: text_states(replace(batch, captions=_kept(batch, dropped)), encoder, names, device=device)
     empty: Mapping[str, Tensor] = {}
-    if latent_objective(config).caption_dropout:
+    objective = latent_objective(config)
+    if objective.caption_dropout or (objective.halving is not None and objective.halving.guidance_scale != 1):
         # The shards hold the states of captions alone: the empty one's are made once, and the encoder is let go.
         empty = _states_of("", _text(config, base, masks=masks, device=device), names, device=device)
 

@@ -114,11 +114,13 @@ def trained_scheduler(config: RunConfig, files: ModelFiles | None) -> SchedulerM
         values = scheduler_config(files)
         if objective.prediction != "base":
             values["prediction_type"] = _PREDICTIONS[objective.prediction]
-    if objective.zero_terminal_snr:
-        # PNDM and others know no level without signal; DDIM begins there.
+    if objective.zero_terminal_snr or objective.halving is not None:
+        # PNDM and others know no level without signal; DDIM begins there. A student's steps are DDIM's, and end with a clean latent.
         kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "set_alpha_to_one")
         values = {name: value for name, value in values.items() if name in kept}
-        values |= {"_class_name": "DDIMScheduler", "clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        values |= {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "trailing"}
+        values |= {"rescale_betas_zero_snr": True} if objective.zero_terminal_snr else {}
+        values |= {"set_alpha_to_one": True} if objective.halving is not None else {}
         values["steps_offset"] = 1  # trailing steps make no use of it, pipelines insist on it
     name = values.get("_class_name")
     settings = {key: value for key, value in values.items() if not key.startswith("_")}

@@ -12,11 +12,11 @@ from trainer.training_data import TrainingData
 def build_task(config: RunConfig, run_dir: Path, image_size: int, *, data: TrainingData | None = None) -> Task:
     """The task of a run; what it needs is imported now. Collective where a large frozen model is shared among the ranks.
 
-    image_size: side of the images in pixels. data: of latent models, which show what they make of its first samples.
+    image_size: side of the images in pixels. data: whose first samples latent models show, and students are measured on.
     Raises: ValueError where model, objective and data do not fit each other."""
     match config.model:
         case TinyUNetConfig() | DdpmConfig() as model:
-            return build_pixel_task(config, run_dir, model, image_size)
+            return build_pixel_task(config, run_dir, model, image_size, data)
         case AutoencoderConfig() as model:
             from trainer.tasks.autoencoder import build_autoencoder_task
 

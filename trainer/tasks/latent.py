@@ -34,6 +34,7 @@ from trainer.objectives.continuous import continuous_denoising_loss
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.objectives.inpainting import mask_weight
 from trainer.rng import derive_seed
+from trainer.tasks.latent_halving import LatentHalving, build_latent_halving, find_teacher
 from trainer.tasks.task import Task, Work
 from trainer.training_data import TrainingData
 
@@ -72,10 +73,12 @@ class LatentMeaning:
     class_images_sha256: str | None = None
     text_2_sha256: str | None = None
     """Of XL's second text encoder."""
+    halving: str | None = None
+    """Of a student of fewer steps: whose, in how many steps, with what guidance folded in."""
 
     def to_json(self) -> dict[str, object]:
-        """As a manifest holds it."""
-        return dict(vars(self))
+        """As a manifest holds it; without what says nothing of models that learn from the data alone."""
+        return {name: value for name, value in vars(self).items() if name != "halving" or value is not None}
 
 
 def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> Task:
@@ -91,8 +94,9 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
     levels = levels_of(config, trained)
     inputs = build_inputs(config, trained, device=device)
     shape = inputs.latent_shape(data.image_size, data.image_size)
+    halving = _halving(config, run_dir, trained, levels)
     loss = _loss(config, levels)
-    meaning = _meaning(config, trained, inputs, levels)
+    meaning = _meaning(config, trained, inputs, levels, halving=halving and halving.meaning)
     pictures = Pictures(config, run_dir, trained, inputs, image_size=data.image_size, examples=data.examples)
     check_stored(config, data)
 
@@ -101,9 +105,15 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
     with autocast(config.engine.precision):
         forward = flops_of(module, lambda: example(config, trained, shape))
 
+    empty: Cond = {}  # of the first micro-batch: the same for all
+
     def micro_batch(batches: Sequence[MicroBatch], step: int, index: int) -> Work:
         parts = [_prepared(config, inputs, batch, step, index, number=number) for number, batch in enumerate(batches)]
-        return _work(config, loss, parts)
+        if halving is None:
+            return _work(config, loss, parts)
+        if not empty and halving.settings.guidance_scale != 1:
+            empty.update(_without_text(inputs, batches[0]))
+        return _halving_work(config, halving, parts[0], empty)
 
     return Task(
         module=module,
@@ -113,7 +123,7 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
         descriptor=meaning,
         attention=attention,
         class_images=_class_images(config, run_dir, pictures, data),
-        flops_per_image=_TRAINED_FORWARDS * forward,
+        flops_per_image=(_TRAINED_FORWARDS + (halving.teacher_forwards if halving else 0)) * forward,
     )
 
 
@@ -277,6 +287,46 @@ def _loss(config: RunConfig, levels: Levels | None) -> Loss:
     return loss
 
 
+def _halving(config: RunConfig, run_dir: Path, trained: Trained, levels: Levels | None) -> LatentHalving | None:
+    settings = latent_objective(config).halving
+    if settings is None:
+        return None
+    teacher = find_teacher(settings, run_dir)
+    teacher_levels = levels_of(teacher.config, teacher.trained)
+    assert levels is not None and teacher_levels is not None, "the recipe's own check: text-to-image models have levels"
+    return build_latent_halving(config, settings, trained, levels, teacher=teacher, teacher_levels=teacher_levels)
+
+
+def _without_text(inputs: Inputs, batch: MicroBatch) -> Cond:
+    """The conditioning of the first sample of a micro-batch with no caption."""
+    assert inputs.prompts is not None, "the recipe's own check: text-to-image models have prompts"
+    first = replace(
+        batch,
+        images=batch.images[:1],
+        keys=batch.keys[:1],
+        captions=batch.captions[:1] or (None,),
+        tensors={name: tensor[:1] for name, tensor in batch.tensors.items()},
+    )
+    return inputs.prompts(first, torch.ones(1, dtype=torch.bool))
+
+
+def _halving_work(config: RunConfig, halving: LatentHalving, part: _Part, empty: Cond) -> Work:
+    """A micro-batch's work for a student of a latent teacher. empty: as `_without_text` makes it; not asked for without guidance."""
+    strength = latent_objective(config).offset_noise
+
+    def loss(network: Network) -> Tensor:
+        noise, uniforms = ranks.to_device(part.draws.noise), ranks.to_device(part.draws.uniforms)
+        if strength:
+            noise = offset(noise, ranks.to_device(part.draws.channel_noise), strength)
+
+        def student(x_t: Tensor, timestep: Tensor) -> Tensor:
+            return network(x_t, timestep, part.cond)
+
+        return halving.loss(student, part.x_0, noise=noise, uniforms=uniforms, cond=part.cond, empty=empty)
+
+    return Work(loss, part.draws.sha256())
+
+
 def _perturbation(objective: LatentDenoisingConfig, draws: LatentDraws) -> Tensor | None:
     return None if draws.perturbation is None else objective.input_perturbation * ranks.to_device(draws.perturbation)
 
@@ -301,7 +351,7 @@ def _use_attention(trained: Trained, config: RunConfig) -> Kernels:
     return use_attention(trained.network, config.engine.attention, ranks.device(), **({} if dtype is None else {"dtype": dtype}))
 
 
-def _meaning(config: RunConfig, trained: Trained, inputs: Inputs, levels: Levels | None) -> LatentMeaning:
+def _meaning(config: RunConfig, trained: Trained, inputs: Inputs, levels: Levels | None, *, halving: str | None) -> LatentMeaning:
     def digest(encoder: object) -> str | None:
         sha256 = encoder.to_json().get("sha256") if encoder is not None else None  # type: ignore[attr-defined]
         return sha256 if isinstance(sha256, str) else None
@@ -318,4 +368,5 @@ def _meaning(config: RunConfig, trained: Trained, inputs: Inputs, levels: Levels
         alpha_bar_sha256=levels and alpha_bar_sha256(levels.alpha_bar),
         adapter=f"lora of rank {adaptation.rank}, alpha {adaptation.alpha or adaptation.rank}" if lora else "full",
         text_2_sha256=digest(inputs.text_2),
+        halving=halving,
     )

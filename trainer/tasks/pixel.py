@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -24,7 +25,6 @@ from trainer.config import (
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
 from trainer.draws import Draws, draw
-from trainer.engines.frozen import place_frozen
 from trainer.engines.precision import lower_type
 from trainer.metrics import Drawn
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
@@ -33,18 +33,16 @@ from trainer.models.ddpm import build_unet, find_base, load_base
 from trainer.models.dropout import use_logical_dropout
 from trainer.models.encode import encode_pixels
 from trainer.models.flops import forward_flops
-from trainer.models.network import network
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, shard_units
 from trainer.objectives.denoising import denoising_loss, offset
-from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss
 from trainer.pixel_base import PixelBase
 from trainer.rng import seed_weights
 from trainer.sample import draw_grid
 from trainer.source import Source, base_descriptor, load_source, source_place
-from trainer.stages import grid as sampling_levels
-from trainer.stages import halve
 from trainer.start import load_start
+from trainer.tasks.halving import StudentError, build_halving
 from trainer.tasks.task import Task, Work
+from trainer.training_data import TrainingData
 
 Objective = Callable[[Denoiser, Tensor, Draws], Tensor]
 """(denoiser, x_0, draws) -> loss per image."""
@@ -53,8 +51,8 @@ GRID_SEED = 0
 """Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
 _CHANNELS = 3
 """Of training images."""
-# A backward pass is two forwards' worth of operations; the halving target is two forwards of the teacher.
-_TRAINED_FORWARDS, _TEACHER_FORWARDS = 3, 2
+# A backward pass is two forwards' worth of operations.
+_TRAINED_FORWARDS = 3
 
 
 @final
@@ -77,36 +75,38 @@ class _Start:
     build: Callable[[], UNet2DModel]
 
 
-def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, image_size: int) -> Task:
+def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, image_size: int, data: TrainingData | None = None) -> Task:
     """Join model, objective and noise schedule. Collective where a large teacher is shared among the ranks.
 
+    data: wanted where a student's error on its first samples ends the run.
     Raises: ValueError where they do not fit each other, the base or the teacher."""
     seed_weights(config.seed)
-    forwards = _TRAINED_FORWARDS
+    forwards, halving, student_error = _TRAINED_FORWARDS, None, None
     match chosen := pixel_objective(config):
         case DenoisingConfig() as objective:
             start = _first(config, run_dir, model, objective, image_size)
             descriptor, alpha_bar = start.descriptor, start.alpha_bar.to(ranks.device())
-            loss = _denoising(objective, alpha_bar, descriptor.prediction_type)
+            loss_at = partial(_same_at_every_step, _denoising(objective, alpha_bar, descriptor.prediction_type))
         case ProgressiveDistillationConfig() as objective:
             teacher = load_source(source_place(run_dir, objective.teacher))
             start = _copy(config, model, objective, teacher, image_size)
-            own, alpha_bar = teacher.descriptor.timesteps, start.alpha_bar.to(ranks.device())
-            levels = tuple(own[level] for level in sampling_levels(len(own), objective.teacher_steps))
-            timesteps = halve(levels)
+            alpha_bar = start.alpha_bar.to(ranks.device())
+            halving = build_halving(config, objective, teacher, start.module, alpha_bar)
             descriptor = replace(
                 start.descriptor,
-                timesteps=timesteps,
+                prediction_type=halving.turn.end,
+                timesteps=halving.timesteps,
                 sampler=objective.sampler,
-                step_count=len(timesteps),
+                step_count=len(halving.timesteps),
                 teacher_sha256=teacher.weights_sha256,
                 start_sha256=None,
+                heads=halving.heads,
             )
-            _set_up(teacher.model, config)
-            frozen = place_frozen(teacher.model, shard_units(teacher.model), shard_above_gib=config.engine.shard_frozen_above_gib)
-            grid = HalvingGrid.build(alpha_bar, levels, device=ranks.device())
-            loss = _halving(objective, network(frozen), grid, descriptor.prediction_type)
-            forwards += _TEACHER_FORWARDS
+            forwards, loss_at = forwards + halving.teacher_forwards, halving.loss_at
+            if objective.stop_when is not None:
+                assert data is not None, "a student is measured on samples"
+                images = min(objective.stop_when.images, config.data.global_batch_size)
+                student_error = StudentError(halving, data.examples(images).images)
     module = start.module
     use_logical_dropout(module)
     attention = _set_up(module, config)
@@ -117,13 +117,20 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, 
     return Task(
         module=module,
         units=shard_units(module),
-        micro_batch=lambda batches, step, index: _micro_batch(config, loss, batches[0], step, index, stratified=chosen.stratified),
+        micro_batch=lambda batches, step, index: _micro_batch(config, loss_at(step), batches[0], step, index, stratified=chosen.stratified),
         draw=lambda predict, step: Drawn(
-            draw_grid(predict, levels_drawn, images=logs.sample_images, steps=logs.sample_steps, seed=GRID_SEED)
+            draw_grid(
+                halving.as_student(predict, step) if halving else predict,
+                levels_drawn,
+                images=logs.sample_images,
+                steps=logs.sample_steps,
+                seed=GRID_SEED,
+            )
         ),
         descriptor=descriptor,
         attention=attention,
         flops_per_image=forwards * flops,
+        student_error=student_error,
     )
 
 
@@ -162,7 +169,7 @@ def _first(config: RunConfig, run_dir: Path, model: PixelModelConfig, objective:
 
 
 def _copy(config: RunConfig, model: PixelModelConfig, objective: ProgressiveDistillationConfig, teacher: Source, image_size: int) -> _Start:
-    """A student: its teacher's network and weights, on the same noise levels. Raises: ValueError where the recipe says otherwise."""
+    """A student: its teacher's network, without its weights yet. Raises: ValueError where the recipe says otherwise."""
     descriptor = replace(teacher.descriptor, image_size=image_size)
     match model, base := descriptor.base:
         case TinyUNetConfig(), None:
@@ -184,14 +191,7 @@ def _copy(config: RunConfig, model: PixelModelConfig, objective: ProgressiveDist
         raise ValueError(
             f"noise_schedule: is not that of objective.teacher={objective.teacher}, whose recipe.yaml says which; take the teacher's"
         )
-    if objective.prediction not in ("base", descriptor.prediction_type):
-        raise ValueError(
-            f"objective.prediction={objective.prediction}: the teacher {objective.teacher} predicts {descriptor.prediction_type}; "
-            f"set objective.prediction={descriptor.prediction_type}"
-        )
-    module = build()
-    module.load_state_dict(teacher.model.state_dict())
-    return _Start(module, descriptor, alpha_bar, build)
+    return _Start(build(), descriptor, alpha_bar, build)
 
 
 def _micro_batch(config: RunConfig, objective: Objective, batch: MicroBatch, step: int, index: int, *, stratified: bool) -> Work:
@@ -234,20 +234,5 @@ def _denoising(objective: DenoisingConfig, alpha_bar: Tensor, prediction: Predic
     return loss
 
 
-def _halving(objective: ProgressiveDistillationConfig, teacher: Denoiser, grid: HalvingGrid, prediction: Prediction) -> Objective:
-    def loss(model: Denoiser, x_0: Tensor, draws: Draws) -> Tensor:
-        return halving_loss(
-            model,
-            teacher,
-            x_0,
-            noise=draws.noise.to(x_0.device),
-            uniforms=draws.uniforms,
-            grid=grid,
-            prediction=prediction,
-            target=objective.target,
-            loss=objective.loss,
-            clip_target=objective.clip_target,
-            min_snr_gamma=objective.min_snr_gamma,
-        )
-
+def _same_at_every_step(loss: Objective, _: int) -> Objective:
     return loss

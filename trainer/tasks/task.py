@@ -34,6 +34,21 @@ class ClassImages(Protocol):
         ...
 
 
+class StudentError(Protocol):
+    """How far a student is from its teacher, measured now and then; a run may end because of it."""
+
+    every_steps: int
+    """Optimizer steps between two measurements, the first before step 0."""
+
+    def error(self, student: Network) -> float:
+        """A pure function of the network, which computes without gradient; the same number on every rank. Collective."""
+        ...
+
+    def enough(self, errors: Sequence[float]) -> bool:
+        """Whether the run ends; errors: all that were measured so far, in order."""
+        ...
+
+
 @final
 @dataclass(frozen=True)
 class Work:
@@ -62,3 +77,5 @@ class Task:
     """Of one training step, a teacher included; frozen encoders and activations computed again do not count."""
     class_images: ClassImages | None = None
     """What the base draws before the first step, to be learnt from beside the recipe's data; None: nothing."""
+    student_error: StudentError | None = None
+    """What may end the run before its last step; None: nothing."""

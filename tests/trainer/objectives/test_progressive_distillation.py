@@ -18,7 +18,7 @@ from trainer.config_sections import (
 from trainer.diffusion.parameterization import Denoiser, from_x_0, to_eps, to_x_0
 from trainer.diffusion.sampler import SamplingGrid, ddim_step, sample
 from trainer.diffusion.schedule import alpha_sigma, build_alpha_bar
-from trainer.objectives.progressive_distillation import HalvingGrid, halving_loss, halving_target
+from trainer.objectives.progressive_distillation import HalvingGrid, halving_lesson, halving_target
 from trainer.stages import grid, halve
 
 KINDS: tuple[Prediction, ...] = ("v", "eps", "x_0")
@@ -119,7 +119,7 @@ def test_the_ancestral_target_is_the_teachers_clean_image_at_its_second_level(pr
 @pytest.mark.parametrize(("target", "prediction"), list(product(TARGETS, KINDS)))
 def test_a_step_over_a_single_teacher_step_has_the_teachers_own_clean_image_as_target(target: Sampler, prediction: Prediction) -> None:
     halving = HalvingGrid.build(CLAMPED, grid(1000, 125))
-    assert len(halving) == 63 and halving.timestep[0] == halving.timestep_mid[0] == 7
+    assert len(halving) == 63 and halving.timestep[0] == halving.later[0].timestep[0] == 7
     x_t = draw_x_t(4).float()
     ours = halving_target(teacher, x_t, levels=torch.zeros(4, dtype=torch.int64), grid=halving, prediction=prediction, target=target)
     alpha_t, sigma_t = (float(scale) for scale in alpha_sigma(CLAMPED[7]))
@@ -131,7 +131,7 @@ def test_a_step_over_a_single_teacher_step_has_the_teachers_own_clean_image_as_t
 @pytest.mark.parametrize("count", COUNTS)
 def test_shares_are_finite_and_make_every_target_a_convex_combination(table: Tensor, count: int) -> None:
     halving = HalvingGrid.build(table, grid(1000, count))
-    assert bool(((halving.share >= 0) & (halving.share <= 1)).all())
+    assert all(bool(((step.share >= 0) & (step.share <= 1)).all()) for step in halving.later)
     assert halving.timestep.tolist() == list(halve(grid(1000, count)))
 
 
@@ -150,8 +150,7 @@ def test_a_copied_student_of_a_teacher_that_is_exact_for_one_image_has_no_loss(
         halving = HalvingGrid.build(LINEAR, grid(1000, count), dtype=torch.float64)
         uniforms = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
         noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        per_image = halving_loss(
-            exact,
+        lesson = halving_lesson(
             exact,
             image.expand_as(noise),
             noise=noise,
@@ -162,6 +161,7 @@ def test_a_copied_student_of_a_teacher_that_is_exact_for_one_image_has_no_loss(
             loss=loss,
             clip_target=clip_target,
         )
+        per_image = lesson.loss(exact)
         assert per_image.shape == (16,)
         assert per_image.max().item() < 1e-12
 
@@ -180,8 +180,7 @@ def test_the_teacher_is_asked_twice_the_student_once_and_only_the_student_learns
     halving = HalvingGrid.build(LINEAR, grid(1000, 8))
     noise = draw_x_t(4).float()
     uniforms = torch.tensor([0.0, 0.25, 0.5, 0.99], dtype=torch.float64)
-    loss = halving_loss(
-        network("student"),
+    lesson = halving_lesson(
         network("teacher"),
         noise.tanh(),
         noise=noise,
@@ -191,7 +190,7 @@ def test_the_teacher_is_asked_twice_the_student_once_and_only_the_student_learns
         target="ddim",
         loss="v_mse",
     )
-    loss.sum().backward()
+    lesson.loss(network("student")).sum().backward()
     levels, mids = [231.0, 487.0, 743.0, 999.0], [103.0, 359.0, 615.0, 871.0]
     assert asked == [("teacher", levels, False), ("teacher", mids, False), ("student", levels, True)]
     assert gain["student"].grad is not None and gain["teacher"].grad is None
@@ -220,8 +219,7 @@ def test_losses_differ_by_their_weights_alone() -> None:
     uniforms = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
 
     def measure(loss: DistillationLoss) -> Tensor:
-        return halving_loss(
-            lambda x_t, _: 0.1 * x_t,
+        lesson = halving_lesson(
             teacher,
             noise.tanh(),
             noise=noise,
@@ -232,6 +230,7 @@ def test_losses_differ_by_their_weights_alone() -> None:
             loss=loss,
             min_snr_gamma=2.0,
         )
+        return lesson.loss(lambda x_t, _: 0.1 * x_t)
 
     snr = (halving.alpha_t / halving.sigma_t) ** 2
     torch.testing.assert_close(measure("v_mse"), (1 + snr) * measure("x_mse"))
@@ -243,3 +242,90 @@ def test_losses_differ_by_their_weights_alone() -> None:
 def test_a_teacher_of_one_step_cannot_be_halved() -> None:
     with pytest.raises(ValueError, match="wanted at least 2"):
         HalvingGrid.build(LINEAR, (999,))
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1000, 250), (250, 63), (125, 32), (63, 8), (63, 4), (16, 1), (3, 1)])
+@pytest.mark.parametrize("prediction", KINDS)
+def test_one_ddim_step_of_a_student_lands_where_all_the_teachers_steps_that_it_covers_do(
+    count: int, steps: int, prediction: Prediction
+) -> None:
+    timesteps = grid(1000, count)
+    halving = HalvingGrid.build(CLAMPED, timesteps, student_steps=steps, dtype=torch.float64)
+    assert [int(timestep) for timestep in halving.timestep] == list(grid(1000, steps))
+    covered_steps = len(halving.later) + 1
+    for level in range(len(halving))[:: max(1, len(halving) // 8)]:
+        x_t = draw_x_t(3)
+        clean = halving_target(teacher, x_t, levels=torch.tensor([level] * 3), grid=halving, prediction=prediction, target="ddim")
+        k = timesteps.index(int(halving.timestep[level]))
+        covered = timesteps[max(k - covered_steps + 1, 0) : k + 1][::-1]
+        final = float(CLAMPED[timesteps[k - covered_steps]]) if k >= covered_steps else 1.0
+        walk = SamplingGrid(timesteps=covered, alpha_bar=tuple(float(CLAMPED[t]) for t in covered), final=final)
+        landed = sample(teacher, x_t, walk, prediction=prediction, sampler="ddim", clip=False)
+        scales = {"alpha_t": float(halving.alpha_t[level]), "sigma_t": float(halving.sigma_t[level])}
+        eps = to_eps(clean, x_t, **scales, kind="x_0")
+        student = ddim_step(clean, eps, alpha_s=final**0.5, sigma_s=(1 - final) ** 0.5)
+        torch.testing.assert_close(student, landed, rtol=1e-8, atol=1e-8)
+
+
+def test_a_student_of_its_teachers_steps_is_asked_for_the_teachers_own_clean_image() -> None:
+    halving = HalvingGrid.build(LINEAR, grid(1000, 125), student_steps=125, dtype=torch.float64)
+    levels = torch.arange(125)
+    x_t = draw_x_t(125)
+    ours = halving_target(teacher, x_t, levels=levels, grid=halving, prediction="eps", target="ddim")
+    alpha_t, sigma_t = (scale.view(-1, 1, 1, 1) for scale in alpha_sigma(LINEAR[list(grid(1000, 125))]))
+    torch.testing.assert_close(ours, (x_t - sigma_t * teacher(x_t, halving.timestep)) / alpha_t)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_while_its_head_turns_a_student_that_knows_the_teachers_clean_image_has_no_loss(progress: float) -> None:
+    halving = HalvingGrid.build(LINEAR, grid(1000, 32), student_steps=32, dtype=torch.float64)
+    noise = draw_x_t(16)
+    uniforms = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
+    lesson = halving_lesson(
+        teacher,
+        noise.tanh(),
+        noise=noise,
+        uniforms=uniforms,
+        grid=halving,
+        prediction="v",
+        target="ddim",
+        loss="v_mse",
+        teacher_prediction="eps",
+        progress=progress,
+    )
+
+    def student(x_t: Tensor, timestep: Tensor) -> Tensor:
+        alpha_t, sigma_t = (scale.view(-1, 1, 1, 1) for scale in alpha_sigma(LINEAR[timestep.long()]))
+        eps = teacher(x_t, timestep)
+        phi = progress * torch.atan2(sigma_t, alpha_t)
+        return phi.cos() * eps - phi.sin() * (x_t - sigma_t * eps) / alpha_t
+
+    assert lesson.loss(student).max().item() < 1e-18
+
+
+def test_the_feature_loss_is_added_to_the_squared_error_and_is_nothing_for_the_target_itself() -> None:
+    halving = HalvingGrid.build(LINEAR, grid(1000, 8))
+    noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+
+    def measure(student: Denoiser, feature_weight: float | None) -> Tensor:
+        lesson = halving_lesson(
+            teacher,
+            noise.tanh(),
+            noise=noise,
+            uniforms=uniforms,
+            grid=halving,
+            prediction="v",
+            target="ddim",
+            loss="v_mse",
+            feature_weight=feature_weight,
+        )
+        return lesson.loss((lambda x_t, timestep: lesson.wanted) if student is teacher else student)
+
+    def other(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return 0.1 * x_t
+
+    plain, once, twice = (measure(other, weight) for weight in (None, 1.0, 2.0))
+    assert bool((once > plain).all())
+    torch.testing.assert_close(twice - plain, 2 * (once - plain))
+    assert measure(teacher, 1.0).max().item() < 1e-6
