@@ -10,7 +10,7 @@ import pytest
 
 from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
-from launch.chain import student_config, with_teacher
+from launch.chain import planned_stages, student_config, with_teacher
 from launch.data import with_data
 from launch.run_dir import freeze
 from tests.distributed.pool import RankPool
@@ -33,6 +33,7 @@ CHANGES = [
     "data.workers=0",
     "engine.kind=fsdp",
     f"train.stop_after_steps={STEPS}",  # an export would draw pictures for an hour
+    "logging.every_steps=1",
     "logging.sample_every_steps=0",
     "checkpoint.asynchronous=false",
 ]
@@ -50,9 +51,10 @@ def test_the_true_shape_is_fine_tuned_and_halved_on_two_ranks(tmp_path: Path) ->
         more = [f"distill.teacher={tuned}", "engine.precision=bf16", "data.image_size=256", "train.activation_checkpointing=true"]
         chain = load_recipe(recipe_path("distill_cifar10_500"), [*changes, *more])
         assert chain.distill is not None
-        student = student_config(with_teacher(chain, tuned), chain.distill, number=1, teacher_steps=1000, steps=500)
-        objective = student.objective.model_copy(update={"teacher": str(tuned)})
-        student = student.model_copy(update={"objective": objective, "distill": None})
+        chain = with_teacher(chain, tuned)
+        assert chain.distill is not None
+        [stage] = planned_stages(chain, chain.distill)
+        student = student_config(chain, chain.distill, stage, teacher=str(tuned)).model_copy(update={"distill": None})
         _train(pool, _frozen(tmp_path / "student", student))
     finally:
         pool.close()
