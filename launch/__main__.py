@@ -266,7 +266,7 @@ def report(
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="Over the page. Default: the directories' names.")] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Sampling steps of a single run's pictures beside other directories'. Default: 50."),
+        typer.Option(min=1, metavar="N", help="Of several directories: the most steps that pictures are drawn in. Default: 50."),
     ] = None,
     draw: Annotated[bool, typer.Option(help="Draw pictures that are not there yet; without it only those that are.")] = True,
 ) -> None:

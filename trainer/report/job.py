@@ -16,15 +16,15 @@ from trainer.source import is_latent
 logger = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 50
-"""Of the pictures of a single run beside others, where it is no student: they show what a thousand steps do, in a twentieth."""
+"""The most that pictures of several directories are drawn in: they show what a thousand steps do, in a twentieth of the time."""
 
 
 def report_job(path: Path, options: Options) -> int:
     """Write the page about `path`, or about all of `dirs`; a chain's grid also as grid.png beside the page.
 
     options: dirs (list; default: PATH alone), out (default: PATH/report.html), title, draw (default true: pictures that are not
-    there yet are drawn by all ranks, of a chain a teacher's row of 1,000 network calls too), steps (of a single run's pictures
-    beside other directories'). Of several directories one that cannot be read is a notice on the page. Returns the exit code.
+    there yet are drawn by all ranks, of a chain a teacher's row of 1,000 network calls too), steps (of several directories: the most
+    steps that pictures are drawn in). Of several directories one that cannot be read is a notice on the page. Returns the exit code.
     Raises: ValueError if a directory is neither a run, a chain nor an export. Collective."""
     directories = _directories(path, options)
     out = Path(optional_text(options, "out") or path / "report.html")
@@ -50,10 +50,11 @@ def report_job(path: Path, options: Options) -> int:
 
 
 def draw_pictures(directory: Path, *, single_steps: int | None, draws: bool = True) -> tuple[PictureRow, ...]:
-    """Same-noise pictures: of a chain at each count that a model was made for the student and the teacher; of a single run, a student
-    in its own steps, another in `single_steps`, where that is not None. draws: else only those that are there already.
+    """Same-noise pictures: of a chain at each count that a model was made for the student and the teacher.
 
-    Of several directories (single_steps is not None) one that cannot be read has none. Collective."""
+    single_steps: None for a directory that is alone; else pictures of more steps than this are not drawn, only shown where they
+    are there already; a teacher and a single run, which are no students, are drawn in so many. draws: False draws none.
+    Of several directories one that cannot be read has none. Collective."""
     try:
         models = _models(directory, single=single_steps is not None)
     except ValueError as error:
@@ -63,10 +64,15 @@ def draw_pictures(directory: Path, *, single_steps: int | None, draws: bool = Tr
         return ()
     if models is None:
         return ()
-    own = models.step_counts()
-    counts = (min(single_steps or 1, own[0]),) if models.teacher and not (directory / "chain.json").exists() else own
-    rows = (picture_row(entry, directory) if draws else kept_picture_row(entry, directory) for entry in models.entries(counts))
-    return tuple(row for row in rows if row is not None)
+    counts = set(models.step_counts())
+    if single_steps is not None and models.teacher:
+        counts.add(min(single_steps, max(counts)))
+    rows = []
+    for entry in models.entries(counts):
+        costs = single_steps is not None and entry.steps > single_steps
+        row = picture_row(entry, directory) if draws and not costs else kept_picture_row(entry, directory)
+        rows += [] if row is None else [row]
+    return tuple(rows)
 
 
 def _models(directory: Path, *, single: bool) -> Models | None:
