@@ -157,7 +157,8 @@ def measure(root: Path, stages: tuple[ChainStage, ...], reader: Reader, *, size:
         repeats = size.repeats if steps <= FEW_STEPS else 1
 
         def draw(repeat: int) -> Pictures:
-            return draw_images(load_source(stage.run_dir), steps=steps, seed=repeat * 10_000, count=size.images)
+            # a stock DDPMPipeline says ancestral of itself
+            return draw_images(load_source(stage.run_dir), steps=steps, seed=repeat * 10_000, count=size.images, sampler="ddim")
 
         paths = [root / "pictures" / f"{stage.name}_in_{steps}_{repeat}.npy" for repeat in range(repeats)]
         return Spread.of([reader.distance(kept(path, lambda repeat=repeat: draw(repeat)), STYLE) for repeat, path in enumerate(paths)])
