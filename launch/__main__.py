@@ -243,18 +243,58 @@ def evaluate(
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="Where the table goes: a list of objects.")],
     steps: Annotated[str | None, typer.Option(metavar="N,N,...", help="Step counts, such as 32,16,8. Default: the model's own.")] = None,
     images: Annotated[int, typer.Option(min=2, metavar="K", help="Images per step count.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of the images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="S", help="Image i is drawn from seed S + i: seeds at least K apart share no image.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, metavar="B", help="Images that a rank draws at once.")] = 64,
+    feature_net: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND[=WHERE]",
+            help="faces (our own), faces=SHARDS (trained on those), inception=FILE, clip=DIR|ID or dinov2=DIR|ID.",
+        ),
+    ] = "faces",
+    resize: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="To the net's size: bilinear-tf1 (default of inception), bilinear or bicubic-antialias."),
+    ] = None,
+    clip: Annotated[str | None, typer.Option(metavar="DIR|ID", help="CLIP, for CMMD beside another feature net.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(metavar="SOURCE", help="Compare with this teacher's images of the same noise. Default: the chain's.")
+    ] = None,
+    previous: Annotated[
+        bool, typer.Option("--previous", help="Of a chain: each student's own teacher, run in the student's steps, too.")
+    ] = False,
+    measure_up_to: Annotated[int, typer.Option(min=1, metavar="N", help="Above so many steps measure only seconds.")] = 32,
+    time_batches: Annotated[str | None, typer.Option(metavar="B,B,...", help="Time drawing by batches of these sizes, too.")] = None,
+    training: Annotated[
+        Path | None, typer.Option(metavar="SHARDS", help="Show the nearest of these training images: against memorisation.")
+    ] = None,
     ranks: Ranks = None,
 ) -> None:
     """Quality and seconds an image per step count, against held-out images.
 
-    Example:  halfstep evaluate runs/demo --reference runs/demo/reference --steps 8,4,2,1 --out quality.json"""
+    Frechet distance, KID, precision and recall, CMMD with CLIP, distance to the teacher on the same noise. Features of the
+    reference are kept in evaluation_cache/ beside FILE.json.
+
+    Example:  halfstep evaluate runs/demo --reference runs/demo/reference --steps 8,4,2,1 --out quality.json
+
+    Example:  halfstep evaluate runs/cifar --reference cifar --feature-net inception=pt_inception-2015-12-05-6726825d.pth --out fid.json"""
     options = {
         "reference": str(existing(reference)),
         "steps": step_counts(steps),
         "images": images,
         "seed": seed,
         "out": str(out),
+        "batch_size": batch,
+        "feature_net": feature_net,
+        "resize": resize,
+        "clip": clip,
+        "teacher": None if teacher is None else str(existing(teacher)),
+        "previous": previous,
+        "measure_up_to": measure_up_to,
+        "time_batches": step_counts(time_batches, "--time-batches"),
+        "training": None if training is None else str(existing(training)),
     }
     end(_run("evaluate", existing_source(source), options, ranks=ranks))
 

@@ -76,11 +76,12 @@ def existing_file(file: Path) -> Path:
     return file
 
 
-def step_counts(text: str | None) -> Sequence[int] | None:
-    """The numbers of `32,16,8`. Raises: ValueError for another text."""
+def step_counts(text: str | None, option: str = "--steps") -> Sequence[int] | None:
+    """The numbers of `32,16,8`; option: whose they are. Raises: ValueError for another text."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--steps {text}: wanted step counts with commas between them, such as --steps 32,16,8")
+        what = "step counts" if option == "--steps" else "numbers"
+        raise ValueError(f"{option} {text}: wanted {what} with commas between them, such as {option} 32,16,8")
     return [int(part) for part in parts]

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import final
 
 from data_shards.files import json_text, replace_file
+
+SCHEMA_VERSION = 2
+"""Of a row. Version 1 had neither it nor any of the fields that have a default below."""
 
 
 @final
@@ -32,12 +35,25 @@ class Yardstick:
 
 
 @final
+@dataclass(frozen=True)
+class BatchTiming:
+    """How fast a model draws batches of one size; processes draw at the same time, each its own."""
+
+    batch_images: int
+    """Images that one process draws at once."""
+    seconds_per_image: float
+    """Wall seconds of a process for a batch, over its images; the median batch, the mean of all processes."""
+    images_per_second: float
+    """Of all processes together."""
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """What was measured of one model run in so many steps."""
+    """What was measured of one model run in so many steps; None where it was not measured."""
 
     model: str
-    """student or teacher."""
+    """student, teacher, or previous: the student of the stage before, run in the steps of the next one."""
     steps: int
     """Network calls an image."""
     sampler: str
@@ -45,9 +61,9 @@ class EvaluationRow:
     precision: str
     """Of activations while drawing, fp32 or bf16: what the model was trained in (engine.precision of its recipe)."""
     frechet_distance: float | None
-    """To the reference, in the feature net's units (unit variance a feature); None above 32 steps."""
+    """To the reference, in squared units of the feature net's features; None above the steps that distances are measured up to."""
     kid: float | None
-    """Kernel distance to the reference, unbiased; None above 32 steps."""
+    """Kernel distance to the reference, unbiased, over all pairs of images; None above those steps."""
     seconds_per_image: float
     """Wall seconds that one process takes for one image: all processes' seconds over all images."""
     feature_net: str
@@ -62,10 +78,56 @@ class EvaluationRow:
     """Share of attributes that read the same as on the teacher's image from the same noise; None where there is none."""
     attribute_teacher_steps: int | None
     """In how many steps that teacher image was drawn."""
-    feature_net_accuracy: float
-    """Share of attributes that the net names rightly on reference images held out of its training."""
+    feature_net_accuracy: float | None
+    """Share of attributes that attribute_net names rightly on images held out of its training; None where there is no such net."""
     weights_sha256: str
     """Of the evaluated model."""
+    schema_version: int = SCHEMA_VERSION
+    made_for_steps: int | None = None
+    """Sampling steps that the model was made for: of a student its own count, of a teacher all its levels."""
+    resize: str | None = None
+    """How images are brought to the feature net's size: method-pixels; part of the feature net's name where it can be chosen."""
+    attribute_net: str | None = None
+    """Which net reads the attributes; None where the reference has none and another net measures the distances."""
+    kid_mean: float | None = None
+    """Mean of the unbiased kernel distances of random subsets (Binkowski et al. 2018); from `kid` only by chance."""
+    kid_spread: float | None = None
+    """Standard deviation over these subsets."""
+    kid_subsets: int | None = None
+    kid_subset_images: int | None = None
+    """Images of a subset: 1000, or half of the smaller set where that is below 1000."""
+    cmmd: float | None = None
+    """CLIP maximum mean discrepancy, times 1000 (Jayasumana et al. 2024)."""
+    cmmd_net: str | None = None
+    """The CLIP net whose embeddings it compares."""
+    manifold_precision: float | None = None
+    """Share of drawn images within the reference's manifold, its 3 nearest neighbours wide (Kynkaanniemi et al. 2019)."""
+    manifold_recall: float | None = None
+    """Share of reference images within the drawn images' manifold."""
+    teacher_feature_distance: float | None = None
+    """To the teacher's images of the same noise: unit-normalised features of the net's layers (LPIPS without its weights)."""
+    teacher_pixel_rmse: float | None = None
+    """Root mean square difference to those images, as a share of the range of pixel values."""
+    teacher_images: int | None = None
+    """How many images these two compare; the teacher drew them in attribute_teacher_steps."""
+    batch_images: int | None = None
+    """Images that a process draws at once for seconds_per_image and images_per_second."""
+    images_per_second: float | None = None
+    """Of all processes together: images over the wall seconds of the slowest process."""
+    ranks: int | None = None
+    """Processes that drew."""
+    device: str | None = None
+    """What they drew on: cpu, or the GPU's name."""
+    timings: tuple[BatchTiming, ...] = ()
+    """Speed by batch size, where it was asked for."""
+    training: str | None = None
+    """Which images the nearest ones were looked for in: folder@sha256:index hash."""
+    training_distance: float | None = None
+    """Median distance of a drawn image to its nearest training image, in features of the net."""
+    training_distance_of_reference: float | None = None
+    """The same of reference images, which were not trained on: far below it, a model draws what it was trained on."""
+    neighbours_sheet: str | None = None
+    """PNG of drawn images beside their nearest training images, relative to evaluation.json."""
 
     @property
     def yardstick(self) -> "Yardstick":
@@ -113,16 +175,31 @@ _TYPES: dict[object, tuple[type, ...]] = {
     str: (str,),
     int: (int,),
     float: (float, int),
-    float | None: (float, int, type(None)),
+    str | None: (str, type(None)),
     int | None: (int, type(None)),
+    float | None: (float, int, type(None)),
+    tuple[BatchTiming, ...]: (list,),
 }
 
 
 def _row(path: Path, number: int, entry: object) -> EvaluationRow:
-    known = fields(EvaluationRow)
-    if not isinstance(entry, dict) or entry.keys() != {field.name for field in known}:
-        raise ValueError(f"{path}: row {number} has not the fields of this halfstep's evaluations; delete the file and evaluate again")
-    for field in known:
-        if not isinstance(entry[field.name], _TYPES[field.type]):
-            raise ValueError(f"{path}: row {number}: {field.name} is {entry[field.name]!r}; delete the file and evaluate again")
-    return EvaluationRow(**entry)
+    mend = "delete the file and evaluate again"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: row {number} is no object; {mend}")
+    version = entry.get("schema_version", 1)
+    known = {field.name: field for field in fields(EvaluationRow) if version != 1 or field.default is MISSING}
+    if version not in (1, SCHEMA_VERSION) or entry.keys() != known.keys():
+        raise ValueError(f"{path}: row {number} has not the fields of this halfstep's evaluations; {mend}")
+    for name, field in known.items():
+        if isinstance(entry[name], bool) or not isinstance(entry[name], _TYPES[field.type]):
+            raise ValueError(f"{path}: row {number}: {name} is {entry[name]!r}; {mend}")
+    timings = tuple(_timing(path, number, timing, mend) for timing in entry.get("timings", ()))
+    return EvaluationRow(**{**entry, "schema_version": SCHEMA_VERSION, "timings": timings})
+
+
+def _timing(path: Path, number: int, entry: object, mend: str) -> BatchTiming:
+    match entry:
+        case {"batch_images": int(images), "seconds_per_image": float(seconds), "images_per_second": float(speed), **others} if not others:
+            return BatchTiming(images, seconds, speed)
+        case _:
+            raise ValueError(f"{path}: row {number}: timings hold {entry!r}; {mend}")

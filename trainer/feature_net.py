@@ -21,7 +21,8 @@ FEWEST_IMAGES = 16
 MOST_VALUES = 40
 _WIDTHS = (32, 64, 96)
 _POOLED = 4
-_LARGEST_PIXELS = 64
+LARGEST_PIXELS = 64
+"""Of a side; larger images are averaged down to it."""
 UPDATES = 300
 _BATCH_IMAGES = 64
 _PEAK_LEARNING_RATE = 3e-3
@@ -76,13 +77,20 @@ class FeatureNet(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Features of images in 0 ... 255; over the training images each has mean 0 and variance 1."""
+        return self.scale(self.projection(self.body(self._stem_of(images))))
+
+    def layers(self, images: UInt8[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b c i j"], ...]:
+        """What the three convolutions make of images in 0 ... 255, after batch norm and ReLU."""
+        first = self._stem_of(images)
+        second = self.body[:3](first)
+        return first, second, self.body[3:6](second)
+
+    def _stem_of(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:
         pixels = images.float() / 127.5 - 1
-        if max(pixels.shape[-2:]) > _LARGEST_PIXELS:
-            pixels = F.interpolate(pixels, size=(_LARGEST_PIXELS, _LARGEST_PIXELS), mode="area")
+        if max(pixels.shape[-2:]) > LARGEST_PIXELS:
+            pixels = F.interpolate(pixels, size=(LARGEST_PIXELS, LARGEST_PIXELS), mode="area")
         hidden = self.stem(pixels)
-        if min(pixels.shape[-2:]) == _LARGEST_PIXELS:
-            hidden = F.avg_pool2d(hidden, 2)
-        return self.scale(self.projection(self.body(hidden)))
+        return F.avg_pool2d(hidden, 2) if min(pixels.shape[-2:]) == LARGEST_PIXELS else hidden
 
     def logits(self, features: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b v"], ...]:
         """For each attribute the unnormalised log-probabilities of its values."""

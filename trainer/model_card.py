@@ -170,7 +170,8 @@ def _metrics_section(source: Source) -> str:
         if rows:
             head = ("Steps", "Frechet distance", "KID", "Seconds an image")
             network = _plain(entries[0].get("feature_net"))
-            note = f"By halfstep's own feature net ({network}); not comparable with distances of other feature nets."
+            own = "halfstep's own" if "-attributes-" in network else "the"
+            note = f"By {own} feature net {network}; not comparable with distances of other feature nets."
             return f"## Metrics\n\n{table(head, rows)}\n\n{note}"
     return ""
 

@@ -29,7 +29,8 @@ from trainer.stock import is_stock
 
 logger = logging.getLogger(__name__)
 
-Model = Literal["student", "teacher"]
+Model = Literal["student", "teacher", "previous"]
+"""previous: the student of the stage before, run in the next one's steps."""
 PICTURES = 8
 PICTURES_SEED = 0
 _FOLDER = "pictures"

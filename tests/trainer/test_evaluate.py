@@ -5,17 +5,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from data_shards.index import ShardIndex
 from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
 from data_shards.sources.faces import FacesSource
 from tests.trainer.conftest import IMAGE_SIZE, WriteRun
 from trainer.evaluate import evaluate_job
 from trainer.evaluation import read_rows
 from trainer.feature_net import features_of
-from trainer.frechet import frechet_distance, kernel_distance, mean_and_covariance
-from trainer.reference import load_feature_net, read_arrays
+from trainer.frechet import frechet_distance, mean_and_covariance
+from trainer.quality import timing
+from trainer.quality.discrepancy import cmmd, kernel_distance, subset_distances
+from trainer.quality.faces_net import load_feature_net
+from trainer.quality.manifold import share_within, squared_radii
+from trainer.quality.nets import TransformerFeatures
+from trainer.quality.statistics import read_arrays
 from trainer.sample import draw_images
 from trainer.source import load_source
+from trainer.tiny_models.make import make_tiny
 
 Options = dict[str, object]
 
@@ -59,14 +69,130 @@ def test_distances_are_those_of_the_images_that_sample_draws(chain: Path, option
     evaluate_job(chain, {**options, "steps": [2]})
     row = read_rows(tmp_path / "out" / "evaluation.json")[0]
     cache = tmp_path / "out" / "evaluation_cache"
-    (net_file,), (reference_file,) = cache.glob("*/feature_net.json"), cache.glob("reference_*.npz")
+    (net_file,), (reference_file,) = cache.glob("*/feature_net.json"), cache.glob("features_*.npz")
     images = draw_images(load_source(chain / "student_2"), steps=2, seed=3, count=10)
     features = features_of(load_feature_net(net_file.parent).trained.net, images.permute(0, 3, 1, 2))
-    reference = mean_and_covariance(features.new_tensor(read_arrays(reference_file, ("features",))["features"]))
-    assert row.frechet_distance == pytest.approx(frechet_distance(*mean_and_covariance(features), *reference), rel=1e-3)
-    assert row.kid == pytest.approx(
-        kernel_distance(features, features.new_tensor(read_arrays(reference_file, ("features",))["features"])), rel=1e-3, abs=1e-4
-    )
+    against = features.new_tensor(read_arrays(reference_file, ("features",))["features"])
+    assert row.frechet_distance == pytest.approx(frechet_distance(*mean_and_covariance(features), *mean_and_covariance(against)), rel=1e-3)
+    assert row.kid == pytest.approx(kernel_distance(features, against), rel=1e-3, abs=1e-4)
+    subsets = subset_distances(features, against, seed=3)
+    assert row.kid_mean == pytest.approx(float(subsets.mean()), rel=1e-2, abs=1e-3)
+    assert row.kid_spread == pytest.approx(float(subsets.std(correction=0)), rel=1e-2)
+    assert (row.kid_subsets, row.kid_subset_images) == (100, 5)
+    assert row.manifold_precision == share_within(features, against, squared_radii(against))
+    assert row.manifold_recall == share_within(against, features, squared_radii(features))
+
+
+def test_the_distance_to_the_teacher_is_that_of_the_images_of_the_same_noise(chain: Path, options: Options, tmp_path: Path) -> None:
+    evaluate_job(chain, {**options, "steps": [2, 1]})
+    rows = {(row.model, row.steps): row for row in read_rows(tmp_path / "out" / "evaluation.json")}
+    first = rows["teacher", 2]
+    assert first.teacher_feature_distance is None and first.teacher_pixel_rmse is None
+    row = rows["student", 1]
+    teacher, student = load_source(chain / "teacher"), load_source(chain / "student_1")
+    wanted = draw_images(teacher, steps=2, seed=3, count=10, sampler="ddim").double() / 255
+    drawn = draw_images(student, steps=1, seed=3, count=10).double() / 255
+    assert row.teacher_pixel_rmse == pytest.approx(float((drawn - wanted).square().mean().sqrt()), rel=1e-3)
+    assert row.teacher_feature_distance is not None and row.teacher_feature_distance > 0
+    assert (row.teacher_images, row.attribute_teacher_steps, row.made_for_steps) == (10, 2, 1)
+    assert rows["teacher", 1].made_for_steps == 64
+
+
+def test_a_row_says_how_fast_and_on_what_it_was_drawn(
+    chain: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_MOST_DRAWS", 2)
+    evaluate_job(chain, {**options, "steps": [2, 1], "measure_up_to": 1, "time_batches": [1, 3]})
+    for row in read_rows(tmp_path / "out" / "evaluation.json"):
+        assert [timing.batch_images for timing in row.timings] == [1, 3]
+        assert all(timing.images_per_second == pytest.approx(1 / timing.seconds_per_image) for timing in row.timings)
+        assert row.ranks == 1 and row.device == "cpu"
+        if row.steps == 1:
+            assert row.batch_images == 4 and row.images_per_second == pytest.approx(1 / row.seconds_per_image)
+
+
+def test_more_steps_are_measured_where_that_is_asked_for(chain: Path, options: Options, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "evaluation.json"
+    evaluate_job(chain, {**options, "steps": [2, 1], "measure_up_to": 1})
+    before = {(row.model, row.steps): row for row in read_rows(out)}
+    assert before["student", 2].frechet_distance is None and before["student", 1].frechet_distance is not None
+    evaluate_job(chain, {**options, "steps": [2, 1], "measure_up_to": 2})
+    after = {(row.model, row.steps): row for row in read_rows(out)}
+    assert after["student", 2].frechet_distance is not None and after["student", 2].images == 10
+    assert after["student", 1] == before["student", 1]
+
+
+def test_the_student_before_is_measured_at_the_next_ones_steps(chain: Path, options: Options, tmp_path: Path) -> None:
+    evaluate_job(chain, {**options, "steps": [2, 1], "previous": True})
+    rows = {(row.model, row.steps): row for row in read_rows(tmp_path / "out" / "evaluation.json")}
+    assert [key for key in rows if key[0] == "previous"] == [("previous", 1)]
+    previous = rows["previous", 1]
+    assert previous.made_for_steps == 2 and previous.weights_sha256 == rows["student", 2].weights_sha256
+    assert previous.frechet_distance not in (None, rows["student", 1].frechet_distance, rows["student", 2].frechet_distance)
+
+
+def test_a_lone_student_is_compared_with_a_teacher_that_is_named(chain: Path, options: Options, tmp_path: Path) -> None:
+    evaluate_job(chain, {**options, "steps": [2, 1]})
+    of_chain = {(row.model, row.steps): row for row in read_rows(tmp_path / "out" / "evaluation.json")}
+    out = tmp_path / "lone.json"
+    lone = {**options, "steps": [1], "out": str(out), "cache": str(tmp_path / "out" / "evaluation_cache")}
+    evaluate_job(chain / "student_1", lone)
+    assert [(row.model, row.teacher_pixel_rmse) for row in read_rows(out)] == [("student", None)]
+    out.unlink()
+    evaluate_job(chain / "student_1", {**lone, "teacher": str(chain / "teacher")})
+    student, teacher = read_rows(out)
+    assert (student.model, teacher.model) == ("student", "teacher")
+    assert student.attribute_teacher_steps == 1 and student.teacher_pixel_rmse is not None
+    assert student.frechet_distance == pytest.approx(of_chain["student", 1].frechet_distance, rel=1e-3)
+
+
+def test_the_nearest_training_images_are_shown(chain: Path, options: Options, tmp_path: Path) -> None:
+    pack(FacesSource("open-peeps", 12, seed=9), tmp_path / "learnt", size=IMAGE_SIZE)
+    evaluate_job(chain, {**options, "steps": [1], "training": str(tmp_path / "learnt")})
+    for row in read_rows(tmp_path / "out" / "evaluation.json"):
+        assert row.training is not None and row.training.startswith("learnt@sha256:")
+        assert row.training_distance is not None and row.training_distance_of_reference is not None
+        assert row.training_distance > row.training_distance_of_reference > 0  # untrained models draw noise
+        name = f"evaluation_neighbours/{row.model}_0001_steps.png"
+        assert row.neighbours_sheet == name
+        with Image.open(tmp_path / "out" / name) as sheet:
+            assert sheet.height > 8 * 96 and sheet.width > 6 * 96
+
+
+def test_another_net_measures_distances_and_clip_adds_cmmd(chain: Path, options: Options, tmp_path: Path) -> None:
+    make_tiny("clip", tmp_path / "clip", seed=0)
+    out = tmp_path / "out" / "evaluation.json"
+    evaluate_job(chain, {**options, "steps": [1]})
+    plain = read_rows(out)[0]
+    assert plain.cmmd is None and plain.attribute_net == plain.feature_net
+    evaluate_job(chain, {**options, "steps": [1], "clip": str(tmp_path / "clip")})
+    with_clip = read_rows(out)[0]
+    assert with_clip.frechet_distance == pytest.approx(plain.frechet_distance, rel=1e-6)
+    net = TransformerFeatures("clip", str(tmp_path / "clip"), "bicubic-antialias", torch.device("cpu"))
+    assert with_clip.cmmd_net == net.name
+    images = draw_images(load_source(chain / "student_1"), steps=1, seed=3, count=10).permute(0, 3, 1, 2)
+    reference = read_all(ShardIndex.load(str(options["reference"])), ("image",)).images
+    assert with_clip.cmmd == pytest.approx(cmmd(net.features(images), net.features(reference)), rel=1e-3)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        evaluate_job(chain, {**options, "steps": [1], "feature_net": f"clip={tmp_path / 'clip'}"})
+    other = tmp_path / "out" / "clip.json"
+    evaluate_job(chain, {**options, "steps": [1], "feature_net": f"clip={tmp_path / 'clip'}", "out": str(other)})
+    row = read_rows(other)[0]
+    assert row.feature_net == row.cmmd_net == net.name and row.resize == net.resize
+    assert row.cmmd == pytest.approx(with_clip.cmmd, rel=1e-6) and row.attribute_net == plain.attribute_net
+    assert row.attribute_accuracy == plain.attribute_accuracy and row.frechet_distance != plain.frechet_distance
+
+
+def test_one_net_serves_two_references(chain: Path, options: Options, tmp_path: Path) -> None:
+    pack(FacesSource("open-peeps", 24, seed=4), tmp_path / "second", size=IMAGE_SIZE)
+    rows = []
+    for number, reference in enumerate((options["reference"], str(tmp_path / "second"))):
+        out = tmp_path / "out" / f"{number}.json"
+        own = {"steps": [1], "reference": reference, "feature_net": f"faces={options['reference']}", "out": str(out)}
+        evaluate_job(chain, {**options, **own})
+        rows.append(read_rows(out)[0])
+    assert rows[0].feature_net == rows[1].feature_net and rows[0].reference != rows[1].reference
+    assert rows[0].frechet_distance != rows[1].frechet_distance
 
 
 def test_a_second_call_keeps_rows_and_a_lost_row_is_computed_again(chain: Path, options: Options, tmp_path: Path) -> None:
@@ -112,6 +238,11 @@ def test_bad_requests_are_refused_before_anything_is_written(chain: Path, option
         ({"reference": str(small)}, "--size 8"),
         ({"steps": [65]}, "no model here samples in 65 steps"),
         ({"images": 1}, "at least 2 images"),
+        ({"feature_net": "vgg=x"}, "--feature-net vgg=x: wanted faces"),
+        ({"feature_net": "inception=nowhere.pth"}, r"nowhere\.pth: no such file"),
+        ({"resize": "bilinear"}, "--resize bilinear: the project's own"),
+        ({"training": str(tmp_path / "nowhere")}, "there is no index"),
+        ({"clip": "./nowhere"}, "no such folder"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_job(chain, {**options, **change})

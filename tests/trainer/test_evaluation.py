@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.evaluation import EvaluationRow, ratio, read_rows, write_rows
+from trainer.evaluation import BatchTiming, EvaluationRow, ratio, read_rows, write_rows
 
 ROW = EvaluationRow(
     model="student",
@@ -26,6 +26,11 @@ ROW = EvaluationRow(
     weights_sha256="ff",
 )
 
+OF_VERSION_1 = (
+    *("model", "steps", "sampler", "precision", "frechet_distance", "kid", "seconds_per_image", "feature_net", "reference", "images"),
+    *("seed", "attribute_accuracy", "attribute_teacher_steps", "feature_net_accuracy", "weights_sha256"),
+)
+
 
 def test_rows_survive_writing_and_are_ordered_by_steps(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
@@ -34,6 +39,43 @@ def test_rows_survive_writing_and_are_ordered_by_steps(tmp_path: Path) -> None:
     assert read_rows(path) == (slow, ROW, replace(ROW, model="teacher"))
     wanted = {"model", "steps", "sampler", "frechet_distance", "kid", "seconds_per_image", "feature_net", "reference", "images"}
     assert wanted <= json.loads(path.read_text())[0].keys()
+
+
+def test_a_row_of_version_2_survives_writing(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    row = replace(
+        ROW,
+        cmmd=0.5,
+        cmmd_net="clip-x",
+        manifold_precision=0.75,
+        kid_subsets=100,
+        timings=(BatchTiming(8, 0.5, 4.0), BatchTiming(1, 1.0, 2.0)),
+    )
+    write_rows(path, [row])
+    assert read_rows(path) == (row,)
+    (entry,) = json.loads(path.read_text())
+    assert entry["schema_version"] == 2 and entry["timings"][0] == {"batch_images": 8, "images_per_second": 4.0, "seconds_per_image": 0.5}
+
+
+def test_rows_of_version_1_are_read_and_lack_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    write_rows(path, [ROW])
+    old = {name: value for name, value in json.loads(path.read_text())[0].items() if name in OF_VERSION_1}
+    path.write_text(json.dumps([old]))
+    assert read_rows(path) == (ROW,)
+    for broken in ({**old, "cmmd": 1.0}, {**old, "schema_version": 3}, {name: old[name] for name in old if name != "kid"}):
+        path.write_text(json.dumps([broken]))
+        with pytest.raises(ValueError, match=r"row 0 has not the fields"):
+            read_rows(path)
+
+
+@pytest.mark.parametrize("timing", [{"batch_images": 1}, {"batch_images": 1.5, "seconds_per_image": 1.0, "images_per_second": 1.0}, 3])
+def test_a_timing_of_the_wrong_kind_is_named(tmp_path: Path, timing: object) -> None:
+    path = tmp_path / "evaluation.json"
+    write_rows(path, [ROW])
+    path.write_text(json.dumps([{**json.loads(path.read_text())[0], "timings": [timing]}]))
+    with pytest.raises(ValueError, match="row 0: timings hold"):
+        read_rows(path)
 
 
 def test_no_file_is_no_rows(tmp_path: Path) -> None:

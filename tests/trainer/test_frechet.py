@@ -1,12 +1,11 @@
-"""Distances of feature sets: torchmetrics is the oracle, Gaussians of known distance and limits the rest."""
+"""The Frechet distance of feature sets: torchmetrics is the oracle, Gaussians of known distance and limits the rest."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
-from trainer.frechet import frechet_distance, kernel_distance, mean_and_covariance
+from trainer.frechet import frechet_distance, mean_and_covariance
 
 
 class _Pixels(nn.Module):
@@ -42,15 +41,6 @@ def test_frechet_distance_equals_that_of_torchmetrics() -> None:
     assert _frechet(_Pixels()(real), _Pixels()(fake)) == pytest.approx(float(oracle.compute()), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Metric .Kernel Inception Distance. will save:UserWarning")
-def test_kernel_distance_equals_that_of_torchmetrics() -> None:
-    real, fake = _image_sets()
-    oracle = KernelInceptionDistance(feature=_Pixels(), subsets=1, subset_size=60, normalize=False)
-    oracle.update(real, real=True)
-    oracle.update(fake, real=False)
-    assert kernel_distance(_Pixels()(real), _Pixels()(fake)) == pytest.approx(float(oracle.compute()[0]), rel=1e-4)
-
-
 def test_frechet_distance_of_known_gaussians() -> None:
     mean = torch.tensor([1.0, -2.0], dtype=torch.float64)
     spread = torch.diag(torch.tensor([4.0, 9.0], dtype=torch.float64))
@@ -74,23 +64,6 @@ def test_fewer_images_than_features_still_have_a_frechet_distance() -> None:
     assert _frechet(constant, constant) == 0.0
 
 
-def test_kernel_distance_does_not_depend_on_the_block_of_rows() -> None:
-    stream = torch.Generator().manual_seed(4)
-    a, b = torch.randn(50, 6, generator=stream), torch.randn(70, 6, generator=stream) + 0.3
-    assert kernel_distance(a, b, block_images=7) == pytest.approx(kernel_distance(a, b), rel=1e-12)
-
-
-def test_kernel_distance_is_unbiased_around_zero_for_one_distribution() -> None:
-    stream = torch.Generator().manual_seed(5)
-    distances = torch.tensor(
-        [kernel_distance(torch.randn(20, 4, generator=stream), torch.randn(20, 4, generator=stream)) for _ in range(400)]
-    )
-    assert abs(float(distances.mean())) < 3 * float(distances.std()) / 20
-    assert (distances < 0).any()
-
-
 def test_one_image_is_refused() -> None:
     with pytest.raises(ValueError, match="--images 2 or more"):
         mean_and_covariance(torch.ones(1, 4))
-    with pytest.raises(ValueError, match="--images 2 or more"):
-        kernel_distance(torch.ones(1, 4), torch.ones(5, 4))

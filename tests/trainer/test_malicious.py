@@ -29,7 +29,7 @@ from trainer.config_io import load_recipe
 from trainer.import_checkpoint import import_job
 from trainer.lease import Lease
 from trainer.manifest import newest_checkpoint, seal, sweep_leftovers
-from trainer.reference import read_arrays
+from trainer.quality.statistics import read_arrays
 from trainer.save import write_checkpoint
 from trainer.source import load_source
 

@@ -1,7 +1,6 @@
-"""What samples are measured against: the feature net and the statistics of the reference images, cached by their identity."""
+"""The project's own feature net, trained on the attributes of the reference images, or of embedded faces; cached by its identity."""
 
 import hashlib
-import io
 import logging
 import os
 import shutil
@@ -10,35 +9,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
-import numpy as np
-import torch
-from jaxtyping import Float, Float64
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 from data_shards import ranks
-from data_shards.files import fsync_directory, json_text, read_json_object, replace_file, write_durable
+from data_shards.files import fsync_directory, json_text, read_json_object, write_durable
 from data_shards.index import ShardIndex
 from data_shards.packing.pack import pack
 from data_shards.reading.read import read_all
 from data_shards.sources.faces import FacesSource
 from trainer.feature_net import (
     ARCHITECTURE,
+    LARGEST_PIXELS,
     UPDATES,
     Attribute,
     FeatureNet,
     TrainedFeatureNet,
     choose_attributes,
-    features_of,
     train_feature_net,
 )
-from trainer.frechet import mean_and_covariance
 from trainer.hash import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
 _EMBEDDED_STYLE = "open-peeps"
-_LARGEST_FACES_PIXELS = 64
+_MOST_TRAINING_BYTES = 2**31
+"""Of pixels in memory: of a larger reference its first images train the net."""
 _NET_FILE, _WEIGHTS_FILE = "feature_net.json", "weights.safetensors"
 
 
@@ -64,26 +59,15 @@ class NamedFeatureNet:
 
     name: str
     trained: TrainedFeatureNet
+    weights_sha256: str
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Features of the reference images, with their mean and covariance; name is folder@sha256:index hash."""
-
-    name: str
-    mean: Float64[Tensor, " d"]
-    covariance: Float64[Tensor, "d d"]
-    features: Float[Tensor, "b d"]
-
-
-def prepare_measure(index: ShardIndex, cache: Path, *, training: NetTraining = DEFAULT_TRAINING) -> tuple[NamedFeatureNet, Reference]:
-    """Feature net and statistics of reference images, made by rank 0 and read by the others. Collective."""
+def feature_net_on_ranks(index: ShardIndex, cache: Path, *, training: NetTraining = DEFAULT_TRAINING) -> NamedFeatureNet:
+    """As prepare_feature_net, made by rank 0 and read by the others. Collective."""
     if ranks.is_rank_0():
-        prepare_reference(index, prepare_feature_net(index, cache, training=training), cache)
+        prepare_feature_net(index, cache, training=training)
     ranks.barrier()
-    net = prepare_feature_net(index, cache, training=training)
-    return net, prepare_reference(index, net, cache)
+    return prepare_feature_net(index, cache, training=training)
 
 
 def prepare_feature_net(index: ShardIndex, cache: Path, *, training: NetTraining) -> NamedFeatureNet:
@@ -95,6 +79,11 @@ def prepare_feature_net(index: ShardIndex, cache: Path, *, training: NetTraining
     if not (folder / _NET_FILE).exists():
         _train_into(folder, index, cache, training)
     return load_feature_net(folder)
+
+
+def has_attributes(index: ShardIndex) -> bool:
+    """Whether the images of these shards have attributes that a net can learn to read."""
+    return bool(choose_attributes(read_all(index, ("attributes",)).attributes))
 
 
 def load_feature_net(folder: Path) -> NamedFeatureNet:
@@ -112,56 +101,16 @@ def load_feature_net(folder: Path) -> NamedFeatureNet:
         raise ValueError(f"{folder / _WEIGHTS_FILE}: the weights are not those of {_NET_FILE}; delete {folder} to train the net again")
     net = FeatureNet(attributes)
     net.load_state_dict(tensors)
-    return NamedFeatureNet(name, TrainedFeatureNet(net.requires_grad_(False).eval(), attributes, accuracy))
-
-
-def prepare_reference(index: ShardIndex, net: NamedFeatureNet, cache: Path) -> Reference:
-    """Features of all images of the shards, from the cache where they are there. One process at a time."""
-    path = cache / f"reference_{_digest(index.sha256, net.name, str(index.image_size))}.npz"
-    if not path.exists():
-        features = features_of(net.trained.net, read_all(index, ("image",)).images)
-        mean, covariance = mean_and_covariance(features)
-        write_arrays(path, {"mean": mean.numpy(), "covariance": covariance.numpy(), "features": features.numpy()})
-    arrays = read_arrays(path, ("mean", "covariance", "features"))
-    return Reference(
-        name=reference_name(index),
-        mean=torch.from_numpy(arrays["mean"]),
-        covariance=torch.from_numpy(arrays["covariance"]),
-        features=torch.from_numpy(arrays["features"]),
-    )
-
-
-def reference_name(index: ShardIndex) -> str:
-    """How evaluation.json names the reference: its folder, and what alone decides whether two are the same."""
-    return f"{index.root.resolve().name}@sha256:{index.sha256}"
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays of numbers as .npz, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, buffer.getvalue())
-
-
-def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz; nothing is unpickled.
-
-    Raises: ValueError naming the file if it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it, it is computed again") from error
+    return NamedFeatureNet(name, TrainedFeatureNet(net.requires_grad_(False).eval(), attributes, accuracy), sha256)
 
 
 def _train_into(folder: Path, index: ShardIndex, cache: Path, training: NetTraining) -> None:
     """Train a net and commit its folder by one rename."""
-    batch = read_all(index, ("image", "attributes"))
+    batch = read_all(index, ("image", "attributes"), limit=_MOST_TRAINING_BYTES // (3 * index.side() ** 2))
     own = len(batch.images) and choose_attributes(batch.attributes)
     if not own:
         logger.info("%s has no attributes: the feature net learns from %d embedded faces", index.root, training.faces)
-        size = min(index.side(), _LARGEST_FACES_PIXELS)
+        size = min(index.side(), LARGEST_PIXELS)
         faces = pack(
             FacesSource(_EMBEDDED_STYLE, training.faces, seed=training.seed),
             cache / f"faces_{_EMBEDDED_STYLE}_{size}_px",

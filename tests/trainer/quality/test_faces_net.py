@@ -1,17 +1,21 @@
-"""Feature nets and reference statistics in their cache: found again by identity, whole, never unpickled."""
+"""The project's own feature nets in their cache: found again by identity, and whole."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data_shards.config import Field
 from data_shards.index import ShardIndex
 from data_shards.packing.pack import pack
+from data_shards.reading.read import read_all
+from data_shards.reading.sample import MicroBatch
 from data_shards.sources.faces import FacesSource
 from data_shards.sources.folder import FolderSource
-from trainer.reference import NetTraining, load_feature_net, prepare_feature_net, prepare_reference, read_arrays, write_arrays
+from trainer.quality import faces_net
+from trainer.quality.faces_net import NetTraining, has_attributes, load_feature_net, prepare_feature_net
 
 QUICK = NetTraining(updates=3, faces=40)
 
@@ -33,21 +37,6 @@ def test_a_net_is_trained_once_and_found_again(faces: ShardIndex, tmp_path: Path
     assert not list(tmp_path.glob(".*tmp*"))
 
 
-def test_reference_statistics_are_cached_and_belong_to_one_net(faces: ShardIndex, tmp_path: Path) -> None:
-    net = prepare_feature_net(faces, tmp_path, training=QUICK)
-    reference = prepare_reference(faces, net, tmp_path)
-    assert reference.features.shape == (24, 64)
-    assert torch.allclose(reference.mean, reference.features.double().mean(dim=0))
-    assert reference.name == f"held_out@sha256:{faces.sha256}"
-    (file,) = tmp_path.glob("reference_*.npz")
-    write_arrays(file, {name: getattr(reference, name).numpy() + 1 for name in ("mean", "covariance", "features")})
-    assert torch.allclose(prepare_reference(faces, net, tmp_path).mean, reference.mean + 1)
-    other = prepare_feature_net(pack(FacesSource("open-peeps", 24, seed=1), tmp_path / "others", size=8), tmp_path, training=QUICK)
-    assert other.name != net.name
-    prepare_reference(faces, other, tmp_path)
-    assert len(list(tmp_path.glob("reference_*.npz"))) == 2
-
-
 def test_a_damaged_net_is_named(faces: ShardIndex, tmp_path: Path) -> None:
     prepare_feature_net(faces, tmp_path, training=QUICK)
     (weights,) = tmp_path.glob("*/weights.safetensors")
@@ -58,13 +47,6 @@ def test_a_damaged_net_is_named(faces: ShardIndex, tmp_path: Path) -> None:
         load_feature_net(weights.parent)
 
 
-def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "reference.npz"
-    np.savez(path, mean=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match="delete it"):
-        read_arrays(path, ("mean",))
-
-
 def test_a_users_own_images_are_measured_by_a_net_that_reads_faces(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(4):
@@ -72,4 +54,21 @@ def test_a_users_own_images_are_measured_by_a_net_that_reads_faces(tmp_path: Pat
     index = pack(FolderSource.scan(tmp_path / "photos"), tmp_path / "shards", size=8)
     net = prepare_feature_net(index, tmp_path / "cache", training=QUICK)
     assert net.name.startswith("embedded-faces-attributes-")
-    assert prepare_reference(index, net, tmp_path / "cache").features.shape == (4, 64)
+    assert not has_attributes(index)
+
+
+def test_shards_with_attributes_are_told(faces: ShardIndex) -> None:
+    assert has_attributes(faces)
+
+
+def test_of_a_large_reference_the_first_images_train_the_net(faces: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faces_net, "_MOST_TRAINING_BYTES", 20 * 3 * 8 * 8)
+    asked: list[int | None] = []
+
+    def read(index: ShardIndex, fields: Sequence[Field], *, limit: int | None = None) -> MicroBatch:
+        asked.append(limit)
+        return read_all(index, fields, limit=limit)
+
+    monkeypatch.setattr(faces_net, "read_all", read)
+    prepare_feature_net(faces, tmp_path, training=QUICK)
+    assert asked == [20]

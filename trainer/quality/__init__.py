@@ -1,0 +1,1 @@
+"""How good drawn images are: feature nets, distances of sets of images, and what else an evaluation measures."""
