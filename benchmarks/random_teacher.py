@@ -16,12 +16,13 @@ def write_teacher(run_dir: Path, config: RunConfig, *, image_size: int) -> Path:
     """The RUN_DIR of a teacher of the recipe's model and noise schedule after a first step; returns it.
 
     Its last layer's weights are a tenth of fresh ones, so that long sampling runs stay finite."""
-    assert isinstance(config.objective, DenoisingConfig), "a teacher denoises"
+    objective = config.objective
+    assert isinstance(objective, DenoisingConfig) and objective.prediction != "base", "a teacher denoises, and says what it predicts"
     run_dir.mkdir(parents=True)
     (run_dir / "recipe.yaml").write_text(dump_yaml(config.model_copy(update={"distill": None})))
     alpha_bar = build_alpha_bar(config.noise_schedule)
     descriptor = Descriptor(
-        prediction_type=config.objective.prediction,
+        prediction_type=objective.prediction,
         alpha_bar_sha256=alpha_bar_sha256(alpha_bar),
         timesteps=tuple(range(len(alpha_bar))),
         clip=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_shards.derive.caption import caption_job
 from data_shards.derive.encode import encode_job
-from data_shards.derive.request import CaptionRequest, DeriveJob, Request
+from data_shards.derive.request import CaptionRequest, DeriveJob, EncodeRequest
 from data_shards.index import ShardIndex
 
 
@@ -34,7 +34,7 @@ class Silent:
         """Nobody listens."""
 
 
-def prepared(shards: Path, out: Path, request: Request) -> Path:
+def prepared(shards: Path, out: Path, request: CaptionRequest | EncodeRequest) -> Path:
     """OUT/run with the request in it, as the command line leaves it for the ranks."""
     run_dir = out / "run"
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def prepared(shards: Path, out: Path, request: Request) -> Path:
     return run_dir
 
 
-def derived(shards: Path, out: Path, request: Request, *, stop_after: int | None = None) -> int:
+def derived(shards: Path, out: Path, request: CaptionRequest | EncodeRequest, *, stop_after: int | None = None) -> int:
     """The exit code of a rank that is alone."""
     run_dir = prepared(shards, out, request)
     stop = Silent() if stop_after is None else StopAfter(run_dir, stop_after)

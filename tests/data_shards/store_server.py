@@ -199,7 +199,7 @@ class StoreServer:
         if fault is not None and kind == "pause":
             request.wfile.write(content[: fault.after])
             self.stalled.set()
-            self.let_go.wait(10)
+            self.let_go.wait(60)
             content = content[fault.after :]
         if fault is not None and kind in ("short", "reset", "stall"):
             content = content[: fault.after]
@@ -208,7 +208,7 @@ class StoreServer:
         self.sent_bytes[request.path] += len(content)
         if kind == "stall":
             self.stalled.set()
-            self.let_go.wait(10)
+            self.let_go.wait(60)
         if kind == "reset":
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._to_reset.add(request.connection)

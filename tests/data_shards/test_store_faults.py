@@ -124,7 +124,7 @@ def test_every_mishap_ends_in_the_file_or_in_a_clear_error(clean_environment: No
     assert cache.bytes_fetched >= len(whole) * FILE_BYTES
     parts = {path.name[:64] for path in (tmp_path / "cache").glob("??/*.part*")}
     assert parts <= {case.sha256 for case in made if case.ends_in is not None}, "a file that arrived left something behind"
-    assert spent < 20, "an attempt waited where it should have been broken off"
+    assert spent < 60, "an attempt waited for as long as the store let it"
 
 
 @pytest.mark.parametrize("kind", ["redirect to file", "changed for good"])

@@ -78,7 +78,7 @@ MISTAKES = [
     (["recipe.yaml", "engine.kind=fsdp", "engine.replicas=2"], "error: 1 ranks cannot hold engine.replicas=2 copies of the model"),
     (
         ["recipe.yaml", "objective.prediction=x0"],
-        "command line:1: objective.prediction: got 'x0', wanted one of v, eps, x_0 - did you mean",
+        "command line:1: objective.prediction: got 'x0', wanted one of v, eps, x_0, base - did you mean",
     ),
     (["recipe.yaml", "cluster.ranks=2"], "command line:1: cluster.ranks: unknown key - did you mean 'cluster.ranks_per_node'?"),
     (["recipe.yaml", "faster"], "command line:1: faster: not KEY=VALUE; write a dotted key and a value, such as"),
