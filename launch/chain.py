@@ -164,6 +164,7 @@ def student_config(config: RunConfig, distill: DistillConfig, stage: PlannedStag
         loss=distill.loss,
         min_snr_gamma=distill.min_snr_gamma,
         clip_target=distill.clip_target or (change is not None and change.clip),
+        stratified=distill.stratified,
         teacher_precision=teacher_precision,
         stop_when=stop_when,
         feature_weight=distill.feature_weight if stage.halving is not None and stage.halving > len(student_counts(distill)) - 2 else None,

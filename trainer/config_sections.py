@@ -488,6 +488,8 @@ class DistillConfig(Section):
     """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
     clip_target: bool = False
     """Clip the teacher's clean images to [-1, 1] inside the target."""
+    stratified: bool = True
+    """Spread the students' times evenly over the global batch instead of drawing each alone."""
     skip: Counts | None = None
     """Students left out, counts between start_steps and end_steps: the next one covers four (eight ...) teacher steps; null: none."""
     head_change: HeadChangeConfig | None = None

@@ -217,3 +217,10 @@ def test_a_skipped_student_leaves_four_steps_to_the_next_one() -> None:
 def test_a_chain_that_cannot_be_says_why(distill: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _chain(**distill)
+
+
+def test_a_stage_is_told_how_its_times_are_drawn() -> None:
+    config = _chain(stratified=False)
+    assert config.distill is not None
+    objectives = [student_config(config, config.distill, stage, teacher="..").objective for stage in planned_stages(config, config.distill)]
+    assert [getattr(objective, "stratified", None) for objective in objectives] == [False, False]

@@ -273,7 +273,8 @@ def test_an_export_of_pickles_or_remote_code_is_refused(tmp_path: Path, canary: 
         records = {name: content_record((folder / name).read_bytes()) for name in ("descriptor.json", "recipe.yaml")}
         records["unet/diffusion_pytorch_model.bin"] = content_record(content)
         (folder / "manifest.json").write_text(json.dumps({"files": records}))
-    reason = "diffusion_pytorch_model.safetensors: is .*, manifest.json says None" if sealed else "has weights only as diffusion_pytorch_model.bin, a pickle"
+    pickles = "has weights only as diffusion_pytorch_model.bin, a pickle"
+    reason = "diffusion_pytorch_model.safetensors: is .*, manifest.json says None" if sealed else pickles
     with pytest.raises(ValueError, match=reason):
         load_source(folder)
 

@@ -12,6 +12,7 @@ from trainer.chain import read_chain
 from trainer.config_io import load_recipe
 from trainer.pictures import PictureRow
 from trainer.report.about import credits_of, facts_of, kind_of, settings_of, stage_title
+from trainer.report.cost import evaluations_per_update
 from trainer.report.evaluated import read_measured
 from trainer.report.html import steps_text
 from trainer.report.subject import Measured, Sheet, Stage, Subject
@@ -95,6 +96,7 @@ def read_stage(run_dir: Path, *, title: str = "") -> Stage:
         images_per_second=tuple(columns["images_per_second"]),
         step_seconds=tuple(columns["step_seconds"]),
         data_wait_seconds=tuple(columns["data_wait_seconds"]),
+        evaluations_per_update=evaluations_per_update(recipe),
     )
 
 

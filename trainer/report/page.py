@@ -5,6 +5,7 @@ from html import escape
 from statistics import median
 
 from trainer.report.compare import comparison_table
+from trainer.report.cost import cost_section
 from trainer.report.curves import curves_section, final_loss, stage_table
 from trainer.report.grids import chain_grid, grids_beside_each_other, neighbours_section, progress_section
 from trainer.report.html import duration, steps_text
@@ -69,7 +70,7 @@ def _subject(subject: Subject, *, alone: bool) -> str:
         parts.append(timing_section([subject]))
     if alone:
         parts.append(curves_section([subject]))
-    parts += [stage_table(subject.stages), progress_section(subject)]
+    parts += [cost_section(subject), stage_table(subject.stages), progress_section(subject)]
     facts = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in (*subject.facts, *subject.credits))
     parts.append(f'<h2>How it was made</h2><div class="card"><dl>{facts}</dl></div>')
     if subject.recipe:

@@ -22,6 +22,8 @@ class Stage:
     images_per_second: tuple[float, ...]
     step_seconds: tuple[float, ...]
     data_wait_seconds: tuple[float, ...]
+    evaluations_per_update: int = 0
+    """Images that a network is run on, forwards, in an optimizer step; 0: not known."""
 
     @property
     def done(self) -> int:

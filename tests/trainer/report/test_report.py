@@ -92,6 +92,7 @@ def test_a_chains_page_shows_everything_and_loads_nothing(chain: Path) -> None:
         "Student of 2 steps",
         "Teacher",
         "Training speed",
+        "What the halvings cost",
         "2.00",
         "cosine_clamped",
         "open-peeps by Pablo Stanley",

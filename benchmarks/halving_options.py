@@ -1,0 +1,252 @@
+"""What each option of halving is worth: quality by step count, updates and seconds of the same chain with one thing changed, on faces.
+
+The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, from the demo's recipe with one
+change, kept below --root: the same command goes on where it was. The base makes half of the demo's updates. Every student draws images
+from the same noise, which are compared with held-out faces. Writes the figures as JSON, a table as
+Markdown and a sheet of pictures."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack
+from measure import machine
+
+from data_shards.files import json_text, read_json_object, replace_file
+from trainer.chain import read_chain
+from trainer.prompting.sheet import SheetGroup, draw_sheet
+from trainer.report.cost import Cost
+from trainer.report.gather import read_stage
+from trainer.sample import draw_images, png
+from trainer.source import load_source
+
+STYLE, HELD_OUT, SHOWN = "open-peeps", 2000, 3
+STEPS = (16, 8, 4, 2, 1)
+START = 32
+BASE, TEACHER = "base", "teacher as it is"
+
+
+@final
+@dataclass(frozen=True)
+class Size:
+    """How much is spent. images: of a measurement; updates: of the base's stages; settings: changes to the recipe of teacher and chains."""
+
+    pixels: int = 32
+    faces: int = 6000
+    images: int = 512
+    updates: tuple[int, ...] = (40, 110, 65, 75, 90)
+    settings: tuple[str, ...] = ()
+
+
+FULL = Size()
+QUICK = Size(
+    pixels=16,
+    faces=128,
+    images=32,
+    updates=(2, 2, 2, 2, 2),
+    settings=("model.channels=[16,32]", "model.attention=[false,true]", "model.attention_heads=2", "train.steps=20"),
+)
+
+
+def variants(size: Size) -> dict[str, tuple[str, ...]]:
+    """Changes to the base's recipe, by what they are called."""
+
+    def updates(counts: Sequence[int]) -> str:
+        return f"distill.updates={list(counts)}".replace(" ", "")
+
+    first, second, third, fourth, fifth = size.updates
+    constant = "distill.lr_schedule={kind: constant, warmup_steps: 10}"
+    by_need = f"distill.stop_when={{every_steps: {max(1, first // 4)}, images: 32}}"
+    return {
+        BASE: (),
+        "loss min_snr": ("distill.loss=min_snr",),
+        "loss snr_trunc": ("distill.loss=snr_trunc",),
+        "loss x_mse": ("distill.loss=x_mse",),
+        "one rate for all stages": ("distill.learning_rate=5e-4",),
+        "constant rate": (constant,),
+        "constant rate, stages end by need": (constant, by_need, updates([3 * count for count in size.updates])),
+        "no average of the weights": ("distill.ema_decay=0.0",),
+        "times drawn alone": ("distill.stratified=false",),
+        "feature weight 0.1": ("distill.feature_weight=0.1",),
+        "target clipped": ("distill.clip_target=true",),
+        "teacher in fp32": ("distill.teacher_precision=fp32",),
+        "all in fp32": ("engine.precision=fp32",),
+        "half the batch, twice the updates": (
+            "distill.global_batch_size=16",
+            "data.micro_batch_size=8",
+            updates([2 * count for count in size.updates]),
+        ),
+        "twice the updates": (updates([2 * count for count in size.updates]),),
+        "16 skipped": ("distill.skip=[16]", updates((first + second, third, fourth, fifth)), "distill.learning_rate=[5e-4,5e-4,6e-4,6e-4]"),
+        "2 skipped": ("distill.skip=[2]", updates((first, second, third, fourth + fifth)), "distill.learning_rate=[3e-4,5e-4,5e-4,6e-4]"),
+        "8 and 2 skipped": (
+            "distill.skip=[8,2]",
+            updates((first, second + third, fourth + fifth)),
+            "distill.learning_rate=[3e-4,5e-4,6e-4]",
+        ),
+    }
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """What came of one variant: distances by step count over the seeds, and what its stages took, of the first seed."""
+
+    variant: str
+    distances: Mapping[int, Spread]
+    cost: Cost
+
+
+def main() -> int:
+    """Run what is missing, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, help="where all is kept; default: runs/halving_options or runs/halving_options_quick")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument("--quick", action="store_true", help="ten minutes, one seed, a smoke test: nothing is learnt")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these alone, by their names in the table")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/halving_options.json; of --quick: in --root")
+    options = parser.parse_args()
+    size, seeds = (QUICK, (0,)) if options.quick else (FULL, tuple(options.seeds))
+    root = (options.root or Path("runs/halving_options_quick" if options.quick else "runs/halving_options")).absolute()
+    out = options.out or (root / "figures.json" if options.quick else Path(__file__).parent / "results" / "halving_options.json")
+    check_settings(root, asdict(size))
+    pack(root / "faces", STYLE, count=size.faces, pixels=size.pixels)
+    pack(root / "held_out", STYLE, start=size.faces, count=HELD_OUT, pixels=size.pixels)
+    reader = Reader({STYLE: root / "faces"}, {STYLE: root / "held_out"})
+    chosen = {name: words for name, words in variants(size).items() if options.only is None or name in options.only}
+    distances: dict[str, list[dict[int, float]]] = {}
+    costs: dict[str, Cost] = {}
+    for number, seed in enumerate(seeds):
+        chains = {name: Chain(root, name, seed, size, options.ranks) for name in (TEACHER, *chosen)}
+        for name, chain in chains.items():
+            chain.bring_forth(chosen.get(name, ()))
+            found = {steps: reader.distance(chain.pictures(steps), STYLE) for steps in STEPS if chain.draws(steps)}
+            distances.setdefault(name, []).append(found)
+            costs.setdefault(name, chain.cost())
+            rows = [Row(each, _spreads(found), costs[each]) for each, found in distances.items()]
+            write(rows, out, seeds=seeds[: number + 1], size=size)
+        if number == 0:
+            replace_file(out.with_name(f"{out.stem}_pictures.png"), sheet(chains))
+    return 0
+
+
+def _spreads(found: Sequence[Mapping[int, float]]) -> dict[int, Spread]:
+    return {steps: Spread.of([each[steps] for each in found]) for steps in found[0]}
+
+
+@final
+@dataclass(frozen=True)
+class Chain:
+    """One variant with one seed, below the root; of the teacher its training."""
+
+    root: Path
+    name: str
+    seed: int
+    size: Size
+    ranks: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.root / f"seed_{self.seed}" / self.name.replace(",", "").replace(" ", "_")
+
+    def draws(self, steps: int) -> bool:
+        """Whether a model was made for so many steps; the teacher is run in any."""
+        return self._picture(steps).exists()
+
+    def pictures(self, steps: int) -> Pictures:
+        """What was drawn in so many steps."""
+        return kept(self._picture(steps), lambda: self._draw(steps))
+
+    def cost(self) -> Cost:
+        """What its training took, as it was noted when that had ended."""
+        values = read_json_object(self.folder / "cost.json")
+        return Cost(int(str(values["updates"])), int(str(values["evaluations"])), float(str(values["seconds"])))
+
+    def bring_forth(self, words: Sequence[str]) -> None:
+        """Run to the end, note the cost, draw all pictures, and take the weights of students away, which are many."""
+        if (self.folder / "cost.json").exists():
+            return
+        teacher = self.root / "teacher"
+        common = ("--ranks", str(self.ranks), f"data.shards={self.root}/faces", *self.size.settings)
+        if self.name == TEACHER:
+            if not (teacher / "export").exists():
+                halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null", "logging.sample_every_steps=0")
+            runs, counts = [teacher], STEPS
+        else:
+            rates = "distill.learning_rate=[3e-4,5e-4,5e-4,6e-4,6e-4]"
+            base = (f"distill.teacher={teacher}", f"distill.start_steps={START}", f"distill.updates={list(self.size.updates)}", rates)
+            more = (f"seed={self.seed}", "logging.sample_every_steps=0")
+            changed = {word.split("=")[0] for word in words}
+            kept_words = [word.replace(" ", "") for word in base if word.split("=")[0] not in changed]
+            halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), *kept_words, *more, *words)
+            stages = [stage for stage in read_chain(self.folder / "chain") if stage.trained_here]
+            runs, counts = [stage.run_dir for stage in stages], [stage.steps for stage in stages]
+        for steps in counts:
+            self.pictures(steps)
+        cost = Cost.of([read_stage(run_dir) for run_dir in runs])
+        replace_file(self.folder / "cost.json", json_text(asdict(cost)))
+        if self.name != TEACHER:
+            for run_dir in runs:
+                for name in ("checkpoints", "export"):
+                    shutil.rmtree(run_dir / name)
+
+    def _picture(self, steps: int) -> Path:
+        return self.folder / "pictures" / f"in_{steps:02d}.npy"
+
+    def _draw(self, steps: int) -> Pictures:
+        source = load_source(self.root / "teacher") if self.name == TEACHER else load_source(self.folder / "chain", steps)
+        return draw_images(source, steps=steps, seed=0, count=self.size.images)
+
+
+def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size) -> None:
+    """The figures so far and their table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "command": "python benchmarks/halving_options.py",
+        "commit": commit(),
+        "machine": machine(),
+        "seeds": list(seeds),
+        "size": asdict(size),
+        "rows": [
+            {"variant": row.variant, "cost": asdict(row.cost), "distances": {steps: asdict(each) for steps, each in row.distances.items()}}
+            for row in rows
+        ],
+    }
+    whole = next(row.cost for row in rows if row.variant == TEACHER)
+    lines = [
+        f"| variant, distance at steps | {' | '.join(map(str, STEPS))} | updates | image evaluations | seconds |",
+        "| --- |" + " --- |" * (len(STEPS) + 3),
+    ]
+    for row in rows:
+        cells = [str(row.distances.get(steps, "")) for steps in STEPS]
+        cost, share = row.cost, row.variant != TEACHER
+        cells += [
+            f"{cost.updates:,}" + (f" ({cost.updates / whole.updates:.2f})" if share else ""),
+            f"{cost.evaluations:,}" + (f" ({cost.evaluations / whole.evaluations:.2f})" if share else ""),
+            f"{cost.seconds:.0f}" + (f" ({cost.seconds / whole.seconds:.2f})" if share else ""),
+        ]
+        lines.append(f"| {row.variant} | {' | '.join(cells)} |")
+    replace_file(out, json_text(result))
+    replace_file(out.with_suffix(".md"), "\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def sheet(chains: Mapping[str, Chain]) -> bytes:
+    """The first pictures of each variant in 4 steps and in 1, from the same noise, as a PNG."""
+    groups = [
+        SheetGroup(f"{steps} step{'' if steps == 1 else 's'}", torch.stack([chain.pictures(steps)[:SHOWN] for chain in chains.values()]))
+        for steps in (4, 1)
+    ]
+    return png(draw_sheet(list(chains), groups).quantize(256))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
