@@ -19,8 +19,8 @@ SAMPLE_STEPS = 5
 SAMPLE = list(zip(NAMES, cycle(ENGINES), strict=False))
 """Every twin on one engine, every engine with some twin."""
 ALL = pytest.mark.models
-SMALL = ("autoencoder_faces", "latent_base_faces", "faces_lora", "faces_dreambooth", "faces_inpaint")
-"""They run on CPU cores and without a download as they are; benchmarks/latent_learning.py runs them."""
+SMALL = ("autoencoder_faces", "latent_base_faces", "faces_lora", "faces_dreambooth", "faces_inpaint", "latent_halved_tiny")
+"""They run on CPU cores and without a download as they are; benchmarks/latent_learning.py or tests of their own run them."""
 
 
 @pytest.mark.parametrize("name", [file.stem for file in shipped("recipes") if not file.stem.endswith(SUFFIX) and file.stem not in SMALL])
