@@ -1,5 +1,6 @@
 """What a twin's run exports: stock diffusers loads it and draws what `halfstep sample` draws; kohya's keys of a LoRA come back the same."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data_shards.files import read_json_object
-from tests.models.twins import NAMES, REFERENCE, Twins
+from tests.distributed.grid import largest_difference as largest_loss_difference
+from tests.models.twins import ENGINES, NAMES, RANKS, REFERENCE, STEPS, TOLERANCE, Twins
 from tests.trainer.latents.finished_runs import as_array, largest_difference, run_card, write_inpainting_files
 from trainer.checkpoint import read_tensors
 from trainer.config import AutoencoderConfig, DdpmConfig, Kandinsky22DecoderConfig, LoraAdaptation, RunConfig, StableDiffusionConfig
@@ -51,6 +53,27 @@ def test_stock_diffusers_draws_what_the_run_draws(twins: Twins, folder: Path, na
     assert largest_difference(stock, ours) <= LEVELS
     if (base := untrained(twins, config)) is not None:
         assert largest_difference(picture(twins.sample(base, work / "base", **asked)), ours) > LEVELS, "nothing was learned"
+
+
+@pytest.mark.models
+def test_a_guided_teacher_is_halved_to_4_steps_alike_on_every_engine_and_stock_diffusers_draws_them(twins: Twins, folder: Path) -> None:
+    name, teacher = "latent_halved_tiny", twins.run("latent_base-tiny", REFERENCE)
+    runs = {}
+    for engine, words in ENGINES.items():
+        runs[engine] = twins.folder / f"{name}_{engine}" / "run"
+        shutil.rmtree(runs[engine], ignore_errors=True)
+        twins.freeze(runs[engine], name, *words, f"objective.halving.teacher={teacher}")
+        assert twins.train(runs[engine], ranks=RANKS) == [0] * RANKS, twins.said(runs[engine])
+    reference = twins.losses(runs[REFERENCE])
+    assert len(reference) == STEPS and reference[-1] < reference[0]
+    for engine, run_dir in runs.items():
+        assert largest_loss_difference(twins.losses(run_dir), reference) <= TOLERANCE, engine
+    config, work = load_recipe(runs[REFERENCE] / "recipe.yaml"), folder / name
+    work.mkdir()
+    assert config.logging.sample_steps == 4
+    ours = picture(twins.sample(runs[REFERENCE], work / "run", **as_on_the_card(config, work)))
+    stock = run_card(runs[REFERENCE] / "export", work / "card", bases(twins, config))
+    assert largest_difference(stock, ours) <= LEVELS
 
 
 def as_on_the_card(config: RunConfig, work: Path) -> dict[str, object]:
