@@ -107,12 +107,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, help="where all is kept; default: runs/halving_options or runs/halving_options_quick")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--base-seeds", type=int, nargs="+", default=(0, 1, 2), help="of the base, whose spread is the noise")
     parser.add_argument("--quick", action="store_true", help="ten minutes, one seed, a smoke test: nothing is learnt")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these alone, by their names in the table")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/halving_options.json; of --quick: in --root")
     options = parser.parse_args()
-    size, seeds = (QUICK, (0,)) if options.quick else (FULL, tuple(options.seeds))
+    size = QUICK if options.quick else FULL
+    seeds, base_seeds = ((0,), (0,)) if options.quick else (tuple(options.seeds), tuple(options.base_seeds))
     root = (options.root or Path("runs/halving_options_quick" if options.quick else "runs/halving_options")).absolute()
     out = options.out or (root / "figures.json" if options.quick else Path(__file__).parent / "results" / "halving_options.json")
     check_settings(root, asdict(size))
@@ -120,19 +122,16 @@ def main() -> int:
     pack(root / "held_out", STYLE, start=size.faces, count=HELD_OUT, pixels=size.pixels)
     reader = Reader({STYLE: root / "faces"}, {STYLE: root / "held_out"})
     chosen = {name: words for name, words in variants(size).items() if options.only is None or name in options.only}
-    distances: dict[str, list[dict[int, float]]] = {}
-    costs: dict[str, Cost] = {}
-    for number, seed in enumerate(seeds):
-        chains = {name: Chain(root, name, seed, size, options.ranks) for name in (TEACHER, *chosen)}
-        for name, chain in chains.items():
+    rows: list[Row] = []
+    for name in (TEACHER, *chosen):
+        chains = [Chain(root, name, seed, size, options.ranks) for seed in {TEACHER: seeds[:1], BASE: base_seeds}.get(name, seeds)]
+        for chain in chains:
             chain.bring_forth(chosen.get(name, ()))
-            found = {steps: reader.distance(chain.pictures(steps), STYLE) for steps in STEPS if chain.draws(steps)}
-            distances.setdefault(name, []).append(found)
-            costs.setdefault(name, chain.cost())
-            rows = [Row(each, _spreads(found), costs[each]) for each, found in distances.items()]
-            write(rows, out, seeds=seeds[: number + 1], size=size)
-        if number == 0:
-            replace_file(out.with_name(f"{out.stem}_pictures.png"), sheet(chains))
+        found = [{steps: reader.distance(chain.pictures(steps), STYLE) for steps in STEPS if chain.draws(steps)} for chain in chains]
+        rows.append(Row(name, _spreads(found), chains[0].cost()))
+        write(rows, out, seeds=seeds, size=size)
+    first = {name: Chain(root, name, seeds[0], size, options.ranks) for name in (TEACHER, *chosen)}
+    replace_file(out.with_name(f"{out.stem}_pictures.png"), sheet(first))
     return 0
 
 
