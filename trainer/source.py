@@ -19,6 +19,7 @@ from trainer.config import DdpmConfig, DenoisingConfig, PixelModelConfig, RunCon
 from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.schedule import alpha_bar_sha256, build_alpha_bar
+from trainer.engines.frozen import hold_weights_in
 from trainer.engines.precision import lower_type
 from trainer.export_folder import is_hub_id
 from trainer.hash import tensors_sha256
@@ -99,11 +100,14 @@ def is_latent(path: Path) -> bool:
 
 
 def denoiser_on(model: nn.Module, device: torch.device, *, precision: str = "fp32") -> Denoiser:
-    """A network as a plain function on `device`, to which it is moved; precision: of its activations, the output is fp32."""
+    """A network as a plain function on `device`, to which it is moved; precision: of its activations, the output is fp32.
+
+    Below fp32 the network keeps its weights in that precision, and can be trained or exported no more."""
     predict = network(model.to(device))
     lower = lower_type(precision)
     if lower is None:
         return predict
+    hold_weights_in(lower, model)
 
     def predict_in_lower_type(x_t: Float[Tensor, "b c h w"], timestep: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         with torch.autocast(device.type, lower):

@@ -15,7 +15,7 @@ from trainer.checkpoint import read_tensors
 from trainer.descriptor import Descriptor, difference
 from trainer.export import portable_recipe, write_export
 from trainer.manifest import newest_checkpoint
-from trainer.source import TIME_TABLE, WEIGHTS_FILE, load_source
+from trainer.source import TIME_TABLE, WEIGHTS_FILE, denoiser_on, load_source
 from trainer.stages import grid
 
 WriteRun = Callable[..., Path]
@@ -39,6 +39,16 @@ def test_a_run_loads_the_ema_weights_of_its_newest_checkpoint(write_run: WriteRu
     assert source.trained_steps == 7
     assert not source.model.training
     assert not any(parameter.requires_grad for parameter in source.model.parameters())
+
+
+def test_weights_are_held_in_the_lower_type_and_change_no_bit(write_run: WriteRun, tmp_path: Path) -> None:
+    cast_anew, held = (load_source(write_run(tmp_path / name)).model for name in ("cast_anew", "held"))
+    x_t, timestep = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 900.0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = cast_anew(x_t, timestep).sample.float()
+    with torch.no_grad():
+        assert torch.equal(denoiser_on(held, torch.device("cpu"), precision="bf16")(x_t, timestep), wanted)
+    assert held.conv_in.weight.dtype == torch.bfloat16 and held.conv_norm_out.weight.dtype == torch.float32
 
 
 def test_another_average_is_chosen_by_its_decay(write_run: WriteRun, tmp_path: Path) -> None:

@@ -13,6 +13,6 @@ def mask_weight(mask: Float[Tensor, "b 1 h w"], *, inside: float, outside: float
     Raises: ValueError for negative weights or two zeros."""
     if min(inside, outside) < 0 or max(inside, outside) == 0:
         raise ValueError(f"mask weights are inside={inside}, outside={outside}; wanted none below 0 and one above it")
-    weight = outside + (inside - outside) * mask
+    weight = inside * mask + outside * (1 - mask)  # of 0.001 and 9 no difference is taken, which would lose the smaller one's digits
     mean = weight.flatten(1).mean(1).view(-1, 1, 1, 1)
     return torch.where(mean > 0, weight / torch.where(mean > 0, mean, 1.0), 1.0)

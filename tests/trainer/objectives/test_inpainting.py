@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.objectives.inpainting import mask_weight
@@ -13,6 +13,7 @@ WEIGHTS = st.floats(0, 100).map(lambda weight: round(weight, 3))
 
 @settings(max_examples=80, deadline=None)
 @given(inside=WEIGHTS, outside=WEIGHTS, share=st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]), seed=st.integers(0, 2**32))
+@example(inside=0.001, outside=9.0, share=0.1, seed=0)
 def test_weights_have_a_mean_of_one_and_stay_in_proportion(inside: float, outside: float, share: float, seed: int) -> None:
     if inside == outside == 0:
         return
