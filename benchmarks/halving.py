@@ -31,6 +31,7 @@ from measure import print_ratio
 from random_teacher import write_teacher
 from torch import Tensor, nn
 
+from data_shards.host_memory import keep_freed_memory
 from data_shards.reading.sample import MicroBatch
 from trainer.config import RunConfig, pixel_model
 from trainer.config_io import load_recipe, recipe_path
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as every rank of ours does; here all sides have it
     repeats, updates = options.repeats or (3 if options.quick else 12), options.updates or (3 if options.quick else 8)
     config = load_recipe(recipe_path(options.recipe), ["distill=null"])
     size = config.data.image_size or (config.data.faces.size if config.data.faces else 32)
