@@ -32,6 +32,8 @@ STYLE, HELD_OUT, BATCH = "open-peeps", 512, 32
 SAVE_EVERY = 100
 FEW_STEPS = 63
 """Up to so many sampling steps are measured several times, from different noise, which says how noisy a distance is."""
+MANY_STEPS_IMAGES = 128
+"""At most so many images are drawn in more steps than that: 500 steps of 256 images are 20 minutes of a core."""
 
 
 @final
@@ -154,11 +156,11 @@ def measure(root: Path, stages: tuple[ChainStage, ...], reader: Reader, *, size:
 
     def distances(stage: ChainStage, steps: int) -> Spread:
         """Of a stage's model, run in `steps` steps."""
-        repeats = size.repeats if steps <= FEW_STEPS else 1
+        repeats, count = (size.repeats, size.images) if steps <= FEW_STEPS else (1, min(size.images, MANY_STEPS_IMAGES))
 
         def draw(repeat: int) -> Pictures:
             # a stock DDPMPipeline says ancestral of itself
-            return draw_images(load_source(stage.run_dir), steps=steps, seed=repeat * 10_000, count=size.images, sampler="ddim")
+            return draw_images(load_source(stage.run_dir), steps=steps, seed=repeat * 10_000, count=count, sampler="ddim")
 
         paths = [root / "pictures" / f"{stage.name}_in_{steps}_{repeat}.npy" for repeat in range(repeats)]
         return Spread.of([reader.distance(kept(path, lambda repeat=repeat: draw(repeat)), STYLE) for repeat, path in enumerate(paths)])
