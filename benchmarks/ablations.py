@@ -5,7 +5,6 @@ was. Its checkpoints draw images from the same noise, which are compared with he
 the figures as JSON, a table as Markdown, a plot and a sheet of pictures."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, folder_of, halfstep, kept, pack, take_weights_away
 from measure import machine
 from PIL import Image
 from plot import Line, line_plot
@@ -114,7 +113,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where it is."""
-        return self.root / f"seed_{self.seed}" / self.name.replace(",", "").replace(" ", "_")
+        return folder_of(self.root, seed=self.seed, name=self.name)
 
     def pictures(self, step: int) -> Pictures:
         """What the averaged weights after `step` steps draw; made now where it was not before."""
@@ -131,8 +130,7 @@ class Run:
         halfstep("train", "tiny_diffusion_53m-tiny", "--ranks", str(self.ranks), "--run-dir", str(run_dir), *words, *saves)
         for step in self.size.at:
             self.pictures(step)
-        for name in ("checkpoints", "export"):
-            shutil.rmtree(run_dir / name)
+        take_weights_away(run_dir)
 
     def _draw(self, step: int) -> Pictures:
         source = load_source(self.folder / "run")

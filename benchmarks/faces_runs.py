@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def kept(path: Path, make: Callable[[], Pictures]) -> Pictures:
         np.save(content, make().numpy())
         replace_file(path, content.getvalue())
     return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def take_weights_away(run_dir: Path) -> None:
+    """Remove the weights of a run whose pictures are kept: a study has many; its recipe and metrics stay."""
+    for name in ("checkpoints", "export"):
+        shutil.rmtree(run_dir / name)
+
+
+def folder_of(root: Path, *, seed: int, name: str) -> Path:
+    """Where a study keeps the variant of this name with one seed."""
+    return root / f"seed_{seed}" / name.replace(",", "").replace(" ", "_")
 
 
 def check_settings(root: Path, settings: Mapping[str, object]) -> None:

@@ -6,7 +6,6 @@ from the same noise, which are compared with held-out faces. Writes the figures 
 Markdown and a sheet of pictures."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, folder_of, halfstep, kept, pack, take_weights_away
 from measure import machine
 
-from data_shards.files import json_text, read_json_object, replace_file
+from data_shards.files import json_text, replace_file
 from trainer.chain import read_chain
 from trainer.prompting.sheet import SheetGroup, draw_sheet
 from trainer.report.cost import Cost
@@ -49,7 +48,13 @@ QUICK = Size(
     faces=128,
     images=32,
     updates=(2, 2, 2, 2, 2),
-    settings=("model.channels=[16,32]", "model.attention=[false,true]", "model.attention_heads=2", "train.steps=20"),
+    settings=(
+        "model.channels=[16,32]",
+        "model.attention=[false,true]",
+        "model.attention_heads=2",
+        "train.steps=20",
+        "lr_schedule.warmup_steps=2",
+    ),
 )
 
 
@@ -153,7 +158,7 @@ class Chain:
     @property
     def folder(self) -> Path:
         """Where it is."""
-        return self.root / f"seed_{self.seed}" / self.name.replace(",", "").replace(" ", "_")
+        return folder_of(self.root, seed=self.seed, name=self.name)
 
     def draws(self, steps: int) -> bool:
         """Whether a model was made for so many steps; the teacher is run in any."""
@@ -164,37 +169,42 @@ class Chain:
         return kept(self._picture(steps), lambda: self._draw(steps))
 
     def cost(self) -> Cost:
-        """What its training took, as it was noted when that had ended."""
-        values = read_json_object(self.folder / "cost.json")
-        return Cost(int(str(values["updates"])), int(str(values["evaluations"])), float(str(values["seconds"])))
+        """What its training took."""
+        return Cost.of([read_stage(run_dir) for run_dir in self._runs()])
 
     def bring_forth(self, words: Sequence[str]) -> None:
-        """Run to the end, note the cost, draw all pictures, and take the weights of students away, which are many."""
-        if (self.folder / "cost.json").exists():
+        """Run to the end, draw all pictures, and take the weights of students away, which are many."""
+        if self._is_drawn():
             return
+        common = ("--ranks", str(self.ranks), f"data.shards={self.root}/faces", *self.size.settings, "logging.sample_every_steps=0")
         teacher = self.root / "teacher"
-        common = ("--ranks", str(self.ranks), f"data.shards={self.root}/faces", *self.size.settings)
         if self.name == TEACHER:
             if not (teacher / "export").exists():
-                halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null", "logging.sample_every_steps=0")
-            runs, counts = [teacher], STEPS
+                halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null")
         else:
-            rates = "distill.learning_rate=[3e-4,5e-4,5e-4,6e-4,6e-4]"
-            base = (f"distill.teacher={teacher}", f"distill.start_steps={START}", f"distill.updates={list(self.size.updates)}", rates)
-            more = (f"seed={self.seed}", "logging.sample_every_steps=0")
-            changed = {word.split("=")[0] for word in words}
-            kept_words = [word.replace(" ", "") for word in base if word.split("=")[0] not in changed]
-            halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), *kept_words, *more, *words)
-            stages = [stage for stage in read_chain(self.folder / "chain") if stage.trained_here]
-            runs, counts = [stage.run_dir for stage in stages], [stage.steps for stage in stages]
-        for steps in counts:
-            self.pictures(steps)
-        cost = Cost.of([read_stage(run_dir) for run_dir in runs])
-        replace_file(self.folder / "cost.json", json_text(asdict(cost)))
+            rates, updates = "[3e-4,5e-4,5e-4,6e-4,6e-4]", str(list(self.size.updates)).replace(" ", "")
+            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates}
+            changed = {word.partition("=")[0] for word in words}
+            own = [f"distill.{key}={value}" for key, value in base.items() if f"distill.{key}" not in changed]
+            halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), f"seed={self.seed}", *own, *words)
+        for steps in self._runs().values():
+            for count in steps:
+                self.pictures(count)
         if self.name != TEACHER:
-            for run_dir in runs:
-                for name in ("checkpoints", "export"):
-                    shutil.rmtree(run_dir / name)
+            for run_dir in self._runs():
+                take_weights_away(run_dir)
+
+    def _runs(self) -> dict[Path, tuple[int, ...]]:
+        """The runs that it trains, and the step counts in which each draws; none before it is begun."""
+        if self.name == TEACHER:
+            return {self.root / "teacher": STEPS}
+        chain = self.folder / "chain"
+        stages = read_chain(chain) if (chain / "chain.json").exists() else ()
+        return {stage.run_dir: (stage.steps,) for stage in stages if stage.trained_here}
+
+    def _is_drawn(self) -> bool:
+        runs = self._runs()
+        return bool(runs) and all(self.draws(count) for counts in runs.values() for count in counts)
 
     def _picture(self, steps: int) -> Path:
         return self.folder / "pictures" / f"in_{steps:02d}.npy"

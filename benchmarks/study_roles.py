@@ -6,7 +6,6 @@ same command goes on where it was. Then images are drawn from the same noise by 
 compared with held-out faces of both styles. Writes the figures as JSON, a table as Markdown, a plot and a sheet of pictures."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Literal, final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack, take_weights_away
 from measure import machine
 from PIL import Image
 from plot import Line, beside, line_plot
@@ -131,8 +130,7 @@ class Seed:
         if role not in (TEACHER, BASE):
             for stage in read_chain(self.folder / f"{role}_{sampler}"):
                 if stage.trained_here:
-                    for name in ("checkpoints", "export"):
-                        shutil.rmtree(stage.run_dir / name)
+                    take_weights_away(stage.run_dir)
 
     def _path(self, role: str, sampler: Sampler, steps: int) -> Path:
         return self.folder / "pictures" / f"{role}_{sampler}_{steps:02d}.npy"

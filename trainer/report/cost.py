@@ -8,7 +8,7 @@ from typing import final
 from trainer.config import DenoisingConfig, ProgressiveDistillationConfig, RunConfig
 from trainer.report.html import duration, heads, table
 from trainer.report.subject import Stage, Subject
-from trainer.stages import halving_counts
+from trainer.stages import halvings
 
 
 @final
@@ -38,10 +38,8 @@ def evaluations_per_update(recipe: RunConfig) -> int:
     match recipe.objective:
         case DenoisingConfig():
             forwards = 1
-        case ProgressiveDistillationConfig(teacher_steps=teacher, student_steps=student) if student == teacher:
-            forwards = 2
         case ProgressiveDistillationConfig(teacher_steps=teacher, student_steps=student):
-            forwards = 1 + 2 ** (len(halving_counts(teacher, student)) - 1)
+            forwards = 1 + 2 ** halvings(teacher, student)
         case _:
             forwards = 0
     return forwards * recipe.data.global_batch_size
@@ -53,11 +51,11 @@ def cost_section(subject: Subject) -> str:
     students = [stage for stage in subject.stages if stage.title.startswith("Student") and stage.steps]
     if not teacher or not students or not all(stage.evaluations_per_update for stage in (*teacher, *students)):
         return ""
-    whole, halvings = Cost.of(teacher), Cost.of(students)
-    ratios = (halvings.updates / whole.updates, halvings.evaluations / whole.evaluations, halvings.seconds / whole.seconds)
+    whole, halved = Cost.of(teacher), Cost.of(students)
+    ratios = (halved.updates / whole.updates, halved.evaluations / whole.evaluations, halved.seconds / whole.seconds)
     lines = [
         _line("Training the teacher", f"{whole.updates:,}", f"{whole.evaluations:,}", duration(whole.seconds)),
-        _line(f"{len(students)} stages of halving", f"{halvings.updates:,}", f"{halvings.evaluations:,}", duration(halvings.seconds)),
+        _line(f"{len(students)} stages of halving", f"{halved.updates:,}", f"{halved.evaluations:,}", duration(halved.seconds)),
         _line("Halving / training", *(f"{ratio:.2f}" for ratio in ratios)),
     ]
     text = "Image evaluations: images that a network was run on, forwards; a halving runs its teacher twice and its student once."
