@@ -2,18 +2,17 @@
 
 import logging
 import os
-import re
-import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data_shards.files import fsync_directory
+from data_shards.weights_file import advice, named_tensors, read_weights_file
 from trainer.exit_codes import DONE
 from trainer.importing.pipeline import check_new, import_pipeline
 from trainer.importing.settings import FAMILIES, check_family, read_given, spelled
@@ -21,10 +20,8 @@ from trainer.options import Options, optional_text
 
 logger = logging.getLogger(__name__)
 
-PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 # Averages first: they are what one samples from.
 _NAMES = ("ema", "ema_state_dict", "model_ema", "params_ema", "state_dict", "model", "model_state_dict", "params", "module", "weights")
-_ZIP = b"PK\x03\x04"
 
 
 def import_job(path: Path, options: Options) -> int:
@@ -57,8 +54,8 @@ def find_tensors(content: object) -> tuple[dict[str, Tensor], str]:
     Raises: ValueError saying what is there instead."""
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds {type(content).__name__}, wanted a mapping of names to tensors")
-    nested = {str(key): tensors for key, value in content.items() if isinstance(value, Mapping) and (tensors := _tensors(value))}
-    flat = _tensors(content)
+    nested = {str(key): tensors for key, value in content.items() if (tensors := named_tensors(value))}
+    flat = named_tensors(content)
     if len(flat) > max(map(len, nested.values()), default=0):
         return flat, "the top level"
     known = [name for name in _NAMES if name in nested]
@@ -70,60 +67,12 @@ def find_tensors(content: object) -> tuple[dict[str, Tensor], str]:
     raise ValueError(f"no tensors at the top, nor one level down under one of {', '.join(_NAMES)}; it has {names or 'nothing'}")
 
 
-def _tensors(content: Mapping[object, object]) -> dict[str, Tensor]:
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path), "the top level"
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from error
-    if path.suffix not in PICKLED:
-        raise ValueError(f"{path}: wanted a file named {', '.join(PICKLED)} or .safetensors")
-    content = _load(path)
+    content = read_weights_file(path)
     try:
         return find_tensors(content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}. {_advice(path)}") from error
-
-
-def _load(path: Path) -> object:
-    """What torch's own reader makes of the file where it may build nothing but tensors and plain containers."""
-    with open(path, "rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
-    try:
-        if zipped:
-            _check_stored(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError:
-        raise
-    except Exception as error:  # a hostile or damaged pickle can make its reader fail with anything
-        raise ValueError(f"{path}: refused: {_why(str(error))}. {_advice(path)}") from error
-
-
-def _check_stored(path: Path) -> None:
-    """A compressed archive may unpack to more than the memory holds."""
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is a compressed archive, which torch.save does not write")
-
-
-def _why(message: str) -> str:
-    """torch's message without its advice to load the file unsafely."""
-    if found := re.search(r"GLOBAL (\S+) was not an allowed global|Trying to load unsupported GLOBAL (\S+)", message):
-        name = found[1] or found[2]
-        return f"it holds more than tensors: it asks to call {name}, and that would run code that the file has chosen"
-    lines = [line for line in message.splitlines() if line and not line.startswith("Weights only load failed")]
-    return f"it cannot be read as tensors alone ({lines[-1] if lines else 'empty'})"
-
-
-def _advice(path: Path) -> str:
-    return (
-        f"Ask for a .safetensors file; or, where you trust {path.name} and what it calls, save its tensors alone there: "
-        "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-    )
+        raise ValueError(f"{path}: {error}. {advice(path)}") from error
 
 
 def _check_out(out: Path) -> None:

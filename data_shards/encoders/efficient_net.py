@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_shards.encoders.files import file_sha256, find_model, weight_files
+from data_shards.weights_file import named_tensors, read_weights_file
 
 LATENT_CHANNELS = 16
 _STATE = "effnet_state_dict"  # in model_v2_stage_b.pt of dome272/wuerstchen
@@ -120,8 +121,8 @@ def load_efficient_net(text: str) -> tuple[EfficientNetEncoder, dict[str, object
     path = Path(text)
     if path.is_file():
         source: dict[str, object] = {"name": path.name, "commit": None, "sha256": file_sha256(path)}
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights: Mapping[str, Tensor] = content.get(_STATE, content)
+        content = read_weights_file(path)
+        weights = named_tensors(content.get(_STATE, content) if isinstance(content, Mapping) else content)
     else:
         files = find_model(text, part="image_encoder")
         source, weights = files.to_json(), {}

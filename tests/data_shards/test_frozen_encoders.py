@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         T5EncoderModel(T5Config(vocab_size=80, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(root / "t5")
-        torch.save(EfficientNetEncoder().state_dict(), root / "effnet")
+        torch.save(EfficientNetEncoder().state_dict(), root / "effnet.pt")
     tiny_tokenizer().save_pretrained(root / "t5")
     return root
 
@@ -68,7 +68,7 @@ def load(models: Path, kind: str, *, precision: Precision, holds_bf16: bool = Fa
         case "vae" | "movq":
             return LatentEncoder(path, precision=precision, device=CPU, holds_bf16=holds_bf16)
         case "vision" | "effnet":
-            return image_encoder(path, precision=precision, device=CPU, holds_bf16=holds_bf16)
+            return image_encoder(f"{path}.pt" if kind == "effnet" else path, precision=precision, device=CPU, holds_bf16=holds_bf16)
         case _:
             return TextEncoder(path, layer="last", tokens=8, masks=True, precision=precision, device=CPU, holds_bf16=holds_bf16)
 

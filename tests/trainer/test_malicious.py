@@ -15,6 +15,7 @@ import torch
 import torch.storage
 from safetensors.torch import save_file
 
+from data_shards.encoders.efficient_net import load_efficient_net
 from data_shards.files import content_record
 from data_shards.index import ShardIndex, ShardIndexError, canonical_sha256
 from data_shards.tars.tar import end_bytes, member_bytes
@@ -29,6 +30,7 @@ from trainer.config_io import load_recipe
 from trainer.import_checkpoint import import_job
 from trainer.lease import Lease
 from trainer.manifest import newest_checkpoint, seal, sweep_leftovers
+from trainer.quality.inception import load_inception
 from trainer.quality.statistics import read_arrays
 from trainer.save import write_checkpoint
 from trainer.source import load_source
@@ -100,6 +102,18 @@ def test_a_pickle_that_calls_is_refused_by_import(tmp_path: Path, canary: Path, 
     with pytest.raises(ValueError, match=r"model.pt: refused: it holds more than tensors: it asks to call .*, and that would run code"):
         import_job(tmp_path / "model.pt", {"out": str(tmp_path / "out.safetensors")})
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("load", [load_efficient_net, lambda path: load_inception(Path(path))], ids=["efficient_net", "inception"])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_pickle_that_calls_is_refused_as_weights(tmp_path: Path, canary: Path, payload: str, load: Callable[[str], object]) -> None:
+    torch.save({"w": torch.ones(3), "x": PAYLOADS[payload](canary)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: refused: it holds more than tensors: it asks to call .*, and that would run code"):
+        load(str(tmp_path / "model.pt"))
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data/0", bytes(10_000))
+    with pytest.raises(ValueError, match=r"bomb.pt: refused: .*compressed archive"):
+        load(str(tmp_path / "bomb.pt"))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

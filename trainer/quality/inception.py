@@ -8,8 +8,9 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from data_shards.weights_file import named_tensors, read_weights_file
 
 INCEPTION_PIXELS = 299
 INCEPTION_FEATURES = 2048
@@ -249,15 +250,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     mend = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth, or its tensors as safetensors"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {mend}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a hostile or damaged pickle can make its reader fail with anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: cannot be read as tensors alone ({reason}); {mend}") from error
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    tensors = named_tensors(read_weights_file(path))
+    if not tensors:
         raise ValueError(f"{path}: is no mapping of names to tensors; {mend}")
-    return content
+    return tensors
