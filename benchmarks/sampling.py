@@ -1,8 +1,8 @@
 """Images a second of halfstep's sampler against diffusers' DDIMPipeline and DDPMPipeline on the same U-Net, on the CPU.
 
 Ours is what `halfstep sample` and `evaluate` run, noise, steps and rounding to bytes; theirs a stock pipeline of the same weights with
-as many images a batch, from their generators to a tensor (no numpy, which has no bf16, no PIL), progress bar off. The U-Net is that of a recipe with random
-weights, sampled in a few of its levels. Both draw turn about in one process.
+as many images a batch, from their generators to a tensor (numpy has no bf16), progress bar off. The U-Net is that of a recipe with
+random weights, sampled in a few of its levels. Both draw turn about in one process.
 
 `equal`: fp32, contiguous memory, both. `best`: the fastest of each side's documented settings: fp32 or bf16 weights (torch_dtype of
 diffusers), contiguous or channels_last memory."""
