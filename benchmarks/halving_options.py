@@ -27,6 +27,8 @@ from trainer.source import load_source
 STYLE, HELD_OUT, SHOWN = "open-peeps", 2000, 3
 STEPS = (16, 8, 4, 2, 1)
 START = 32
+RATES = (3e-4, 5e-4, 5e-4, 6e-4, 6e-4)
+"""The base's learning rates, stage by stage."""
 BASE, TEACHER = "base", "teacher as it is"
 
 
@@ -66,27 +68,22 @@ def variants(size: Size) -> dict[str, tuple[str, ...]]:
 
     first, second, third, fourth, fifth = size.updates
     constant = "distill.lr_schedule={kind: constant, warmup_steps: 10}"
+
+    def rates(factor: float) -> str:
+        return f"distill.learning_rate={[round(factor * rate, 5) for rate in RATES]}".replace(" ", "")
+
     by_need = f"distill.stop_when={{every_steps: {max(1, first // 4)}, images: 32}}"
     return {
         BASE: (),
-        "loss min_snr": ("distill.loss=min_snr",),
-        "loss snr_trunc": ("distill.loss=snr_trunc",),
-        "loss x_mse": ("distill.loss=x_mse",),
-        "one rate for all stages": ("distill.learning_rate=5e-4",),
-        "constant rate": (constant,),
-        "constant rate, stages end by need": (constant, by_need, updates([3 * count for count in size.updates])),
-        "no average of the weights": ("distill.ema_decay=0.0",),
-        "times drawn alone": ("distill.stratified=false",),
-        "feature weight 0.1": ("distill.feature_weight=0.1",),
-        "target clipped": ("distill.clip_target=true",),
-        "teacher in fp32": ("distill.teacher_precision=fp32",),
-        "all in fp32": ("engine.precision=fp32",),
+        "rates x 0.6": (rates(0.6),),
+        "rates x 1.6": (rates(1.6),),
+        "warm-up of 30 updates": ("distill.lr_schedule={kind: linear, warmup_steps: 30}",),
+        "cosine instead of linear": ("distill.lr_schedule={kind: cosine, warmup_steps: 10}",),
         "half the batch, twice the updates": (
             "distill.global_batch_size=16",
             "data.micro_batch_size=8",
             updates([2 * count for count in size.updates]),
         ),
-        "twice the updates": (updates([2 * count for count in size.updates]),),
         "16 skipped": ("distill.skip=[16]", updates((first + second, third, fourth, fifth)), "distill.learning_rate=[5e-4,5e-4,6e-4,6e-4]"),
         "2 skipped": ("distill.skip=[2]", updates((first, second, third, fourth + fifth)), "distill.learning_rate=[3e-4,5e-4,5e-4,6e-4]"),
         "8 and 2 skipped": (
@@ -94,6 +91,19 @@ def variants(size: Size) -> dict[str, tuple[str, ...]]:
             updates((first, second + third, fourth + fifth)),
             "distill.learning_rate=[3e-4,5e-4,6e-4]",
         ),
+        "one rate for all stages": ("distill.learning_rate=5e-4",),
+        "constant rate": (constant,),
+        "no average of the weights": ("distill.ema_decay=0.0",),
+        "times drawn alone": ("distill.stratified=false",),
+        "feature weight 0.1": ("distill.feature_weight=0.1",),
+        "target clipped": ("distill.clip_target=true",),
+        "teacher in fp32": ("distill.teacher_precision=fp32",),
+        "all in fp32": ("engine.precision=fp32",),
+        "loss min_snr": ("distill.loss=min_snr",),
+        "loss snr_trunc": ("distill.loss=snr_trunc",),
+        "loss x_mse": ("distill.loss=x_mse",),
+        "twice the updates": (updates([2 * count for count in size.updates]),),
+        "constant rate, stages end by need": (constant, by_need, updates([3 * count for count in size.updates])),
     }
 
 
@@ -182,7 +192,7 @@ class Chain:
             if not (teacher / "export").exists():
                 halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null")
         else:
-            rates, updates = "[3e-4,5e-4,5e-4,6e-4,6e-4]", str(list(self.size.updates)).replace(" ", "")
+            updates, rates = (str(list(each)).replace(" ", "") for each in (self.size.updates, RATES))
             base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates}
             changed = {word.partition("=")[0] for word in words}
             own = [f"distill.{key}={value}" for key, value in base.items() if f"distill.{key}" not in changed]
