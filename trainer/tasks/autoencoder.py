@@ -19,7 +19,7 @@ from trainer.models.activation_checkpointing import enable_activation_checkpoint
 from trainer.models.attention import use_attention
 from trainer.models.autoencoder import TrainedAutoencoder, build_autoencoder
 from trainer.models.encode import encode_pixels
-from trainer.models.flops import flops_of
+from trainer.models.flops import flops_of, training_forwards
 from trainer.models.network import Network
 from trainer.objectives.autoencoding import autoencoding_loss, edges_at_scales
 from trainer.prompting.sheet import SheetGroup, draw_sheet
@@ -28,8 +28,6 @@ from trainer.sample import to_uint8
 from trainer.tasks.task import Task, Work
 from trainer.training_data import TrainingData
 
-# A backward pass is two forwards' worth of operations.
-_TRAINED_FORWARDS = 3
 _COLUMNS = 8
 """Images a row of the sheet."""
 
@@ -91,6 +89,7 @@ def build_autoencoder_task(config: RunConfig, model: AutoencoderConfig, data: Tr
 
         return Work(loss, draws.sha256())
 
+    forward = flops_of(module, lambda: (torch.zeros(1, 3, size, size), torch.zeros(1, *shape)))
     return Task(
         module=module,
         units=module.units(),
@@ -98,7 +97,7 @@ def build_autoencoder_task(config: RunConfig, model: AutoencoderConfig, data: Tr
         draw=lambda network, step: _reconstructions(network, data, shape, images=config.logging.sample_images, step=step),
         descriptor=AutoencoderMeaning("autoencoder", model.latent_channels, size),
         attention=use_attention(module.vae, config.engine.attention, ranks.device()),
-        flops_per_image=_TRAINED_FORWARDS * flops_of(module, lambda: (torch.zeros(1, 3, size, size), torch.zeros(1, *shape))),
+        flops_per_image=round(training_forwards(module) * forward),
     )
 
 

@@ -28,7 +28,7 @@ from trainer.masks import latent_mask
 from trainer.models import kandinsky, wuerstchen
 from trainer.models.attention import Kernels, use_attention
 from trainer.models.dropout import use_logical_dropout
-from trainer.models.flops import flops_of
+from trainer.models.flops import flops_of, training_forwards
 from trainer.models.network import Network
 from trainer.objectives.continuous import continuous_denoising_loss
 from trainer.objectives.denoising import denoising_loss, offset
@@ -40,8 +40,6 @@ from trainer.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
-# A backward pass is two forwards' worth of operations.
-_TRAINED_FORWARDS = 3
 # What stored members must hold, by kind of model and member.
 _CONTENTS: Mapping[str, Mapping[str, Mapping[str, Collection[str]]]] = {
     "stable_diffusion": {"text.npy": {"content": ("last_hidden_state, padding not masked",)}, "latents.npy": {"class": ("AutoencoderKL",)}},
@@ -123,7 +121,7 @@ def build_latent_task(config: RunConfig, run_dir: Path, data: TrainingData) -> T
         descriptor=meaning,
         attention=attention,
         class_images=_class_images(config, run_dir, pictures, data),
-        flops_per_image=(_TRAINED_FORWARDS + (halving.teacher_forwards if halving else 0)) * forward,
+        flops_per_image=round((training_forwards(module) + (halving.teacher_forwards if halving else 0)) * forward),
     )
 
 

@@ -32,7 +32,7 @@ from trainer.models.attention import Kernels, use_attention
 from trainer.models.ddpm import build_unet, find_base, load_base
 from trainer.models.dropout import use_logical_dropout
 from trainer.models.encode import encode_pixels
-from trainer.models.flops import forward_flops
+from trainer.models.flops import forward_flops, training_forwards
 from trainer.models.tiny_unet import Denoiser, build_tiny_unet, shard_units
 from trainer.objectives.denoising import denoising_loss, offset
 from trainer.pixel_base import PixelBase
@@ -51,8 +51,6 @@ GRID_SEED = 0
 """Of the sample grids' noise: the same in every run, so that a chain's stages can be compared face by face."""
 _CHANNELS = 3
 """Of training images."""
-# A backward pass is two forwards' worth of operations.
-_TRAINED_FORWARDS = 3
 
 
 @final
@@ -81,7 +79,7 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, 
     data: wanted where a student's error on its first samples ends the run.
     Raises: ValueError where they do not fit each other, the base or the teacher."""
     seed_weights(config.seed)
-    forwards, halving, student_error = _TRAINED_FORWARDS, None, None
+    halving, student_error = None, None
     match chosen := pixel_objective(config):
         case DenoisingConfig() as objective:
             start = _first(config, run_dir, model, objective, image_size)
@@ -102,7 +100,7 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, 
                 start_sha256=None,
                 heads=halving.heads,
             )
-            forwards, loss_at = forwards + halving.teacher_forwards, halving.loss_at
+            loss_at = halving.loss_at
             if objective.stop_when is not None:
                 assert data is not None, "a student is measured on samples"
                 images = min(objective.stop_when.images, config.data.global_batch_size)
@@ -112,7 +110,8 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, 
     attention = _set_up(module, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(module)
-    flops = forward_flops(start.build, image_shape=(descriptor.channels, image_size, image_size))
+    forwards = training_forwards(module) + (halving.teacher_forwards if halving else 0)
+    forward = forward_flops(start.build, image_shape=(descriptor.channels, image_size, image_size))
     logs, levels_drawn = config.logging, Levels(descriptor, alpha_bar)
     return Task(
         module=module,
@@ -129,7 +128,7 @@ def build_pixel_task(config: RunConfig, run_dir: Path, model: PixelModelConfig, 
         ),
         descriptor=descriptor,
         attention=attention,
-        flops_per_image=forwards * flops,
+        flops_per_image=round(forwards * forward),
         student_error=student_error,
     )
 

@@ -5,10 +5,11 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import TinyUNetConfig, pixel_model
 from trainer.config_io import load_recipe, recipe_path
-from trainer.models.flops import flops_of, forward_flops, peak_flops
+from trainer.models.flops import flops_of, forward_flops, peak_flops, training_forwards
 from trainer.models.tiny_unet import build_tiny_unet
 
 TINY = TinyUNetConfig(channels=(16, 32), attention=(False, True), attention_heads=2, norm_groups=4)
@@ -55,9 +56,19 @@ def test_the_demos_network_is_counted_at_once_and_without_a_random_number() -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("trained", [(0, 1, 2, 3), (0, 3), (1,)])
+def test_a_training_step_takes_what_is_counted_forward_and_backward(trained: tuple[int, ...]) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(4)))
+    for number, layer in enumerate(model):
+        layer.requires_grad_(number in trained)
+    with FlopCounterMode(display=False) as counter:
+        images = torch.zeros(8, 16, requires_grad=True)  # as from layers in front of these
+        model(images).sum().backward()
+    assert counter.get_total_flops() == training_forwards(model) * flops_of(model, lambda: (images,))
+
+
 def test_attention_of_the_network_is_counted() -> None:
     """On the CPU's eager kernels it is not: the count there is lower by the products of the attention."""
-    from torch.utils.flop_counter import FlopCounterMode
 
     model = build_tiny_unet(TINY, 16)
     with torch.no_grad(), FlopCounterMode(display=False) as eager:
