@@ -14,7 +14,9 @@ from diffusers.models.transformers.prior_transformer import PriorTransformer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config import TinyUNetConfig
 from trainer.models import attention
@@ -134,6 +136,42 @@ def test_models_give_the_same_numbers_by_way_of_either(
     assert_close(run_and_gradients(model, run), expected, tolerance=1e-4)
     assert use_attention(model, "sdpa") == "sdpa"
     for found, wanted in zip(run_and_gradients(model, run), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+class Attended(TorchDispatchMode):
+    """Notes the type that attention's kernels are given, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Tensor, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        if "attention" in func.name():
+            self.types.setdefault("backward" if "backward" in func.name() else "forward", set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_below_fp32_a_cpu_attends_in_fp32_and_comes_as_near_to_it(build: Callable[[], Model]) -> None:
+    torch.manual_seed(0)
+    model, run = build()
+    model.eval()
+    use_attention(model, "sdpa", CPU)
+    exact = run_and_gradients(model, run)
+    results = []
+    for dtype, seen in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        use_attention(model, "sdpa", CPU, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16), Attended() as attended:
+            results.append(run_and_gradients(model, run))
+        assert attended.types == {"forward": {seen}, "backward": {seen}}
+    in_bf16, in_fp32 = (torch.cat([(one - other).flatten() for one, other in zip(found, exact, strict=True)]) for found in results)
+    assert torch.linalg.vector_norm(in_fp32) <= 1.1 * torch.linalg.vector_norm(in_bf16)  # of what other layers round, too
+    assert {tensor.dtype for tensor in results[1]} == {tensor.dtype for tensor in results[0]}
+    use_attention(model, "sdpa", CPU)
+    for found, wanted in zip(run_and_gradients(model, run), exact, strict=True):
         assert torch.equal(found, wanted)
 
 
