@@ -175,6 +175,15 @@ def test_below_fp32_a_cpu_attends_in_fp32_and_comes_as_near_to_it(build: Callabl
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize(("tokens", "seen"), [(512, torch.float32), (513, torch.bfloat16)])
+def test_over_many_tokens_a_cpu_attends_in_the_activations_type(tokens: int, seen: torch.dtype) -> None:
+    layer = Attention(8, heads=1, dim_head=8)
+    attention._switch(layer, "sdpa", in_fp32=True)
+    with torch.autocast("cpu", torch.bfloat16), Attended() as attended:
+        layer(torch.zeros(1, tokens, 8)).sum().backward()
+    assert attended.types == {"forward": {seen}, "backward": {seen}}
+
+
 def run_and_gradients(model: ModelMixin, run: Callable[[ModelMixin], Tensor]) -> list[Tensor]:
     model.zero_grad()
     out = run(model)

@@ -12,6 +12,7 @@ from trainer.config_io import load_recipe
 from trainer.descriptor import Descriptor
 from trainer.diffusion.parameterization import to_x_0
 from trainer.diffusion.schedule import alpha_sigma, build_alpha_bar
+from trainer.models.attention import use_attention
 from trainer.models.network import network
 from trainer.models.tiny_unet import build_tiny_unet
 from trainer.source import load_source
@@ -122,8 +123,10 @@ def test_a_teacher_that_holds_its_weights_in_a_lower_type_computes_the_same_bits
     _, halving, _ = stage(teacher_dir, {"teacher_steps": 8, "student_steps": 4}, engine={"precision": precision})
     x_t, timestep = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999.0, 500.0, 20.0, 0.0])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    model = load_source(teacher_dir).model
+    use_attention(model, "sdpa", torch.device("cpu"), dtype=dtype)
     with torch.autocast("cpu", dtype), torch.no_grad():
-        assert torch.equal(halving.teacher(x_t, timestep), load_source(teacher_dir).model(x_t, timestep).sample)
+        assert torch.equal(halving.teacher(x_t, timestep), model(x_t, timestep).sample)
 
 
 def test_a_teacher_may_compute_in_another_type_than_its_student(write_run: WriteRun, tmp_path: Path) -> None:
