@@ -72,6 +72,7 @@ def variants(size: Size) -> dict[str, tuple[str, ...]]:
     def rates(factor: float) -> str:
         return f"distill.learning_rate={[round(factor * rate, 5) for rate in RATES]}".replace(" ", "")
 
+    half = ("distill.global_batch_size=16", "data.micro_batch_size=8", updates([2 * count for count in size.updates]))
     by_need = f"distill.stop_when={{every_steps: {max(1, first // 4)}, images: 32}}"
     return {
         BASE: (),
@@ -79,10 +80,17 @@ def variants(size: Size) -> dict[str, tuple[str, ...]]:
         "rates x 1.6": (rates(1.6),),
         "warm-up of 30 updates": ("distill.lr_schedule={kind: linear, warmup_steps: 30}",),
         "cosine instead of linear": ("distill.lr_schedule={kind: cosine, warmup_steps: 10}",),
-        "half the batch, twice the updates": (
-            "distill.global_batch_size=16",
-            "data.micro_batch_size=8",
-            updates([2 * count for count in size.updates]),
+        "half the batch, twice the updates": half,
+        "half the batch, warm-up of 40 updates": (*half, "distill.lr_schedule={kind: linear, warmup_steps: 40}"),
+        "half the batch, warm-up of 40, last rates x 1.6": (
+            *half,
+            "distill.lr_schedule={kind: linear, warmup_steps: 40}",
+            "distill.learning_rate=[3e-4,5e-4,5e-4,1e-3,1e-3]",
+        ),
+        "a quarter of the batch, four times the updates": (
+            "distill.global_batch_size=8",
+            "data.micro_batch_size=4",
+            updates([4 * count for count in size.updates]),
         ),
         "16 skipped": ("distill.skip=[16]", updates((first + second, third, fourth, fifth)), "distill.learning_rate=[5e-4,5e-4,6e-4,6e-4]"),
         "2 skipped": ("distill.skip=[2]", updates((first, second, third, fourth + fifth)), "distill.learning_rate=[3e-4,5e-4,5e-4,6e-4]"),
