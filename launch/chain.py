@@ -169,14 +169,13 @@ def student_config(config: RunConfig, distill: DistillConfig, stage: PlannedStag
         stop_when=stop_when,
         feature_weight=distill.feature_weight if stage.halving is not None and stage.halving > len(student_counts(distill)) - 2 else None,
     )
-    batch = distill.global_batch_size or config.data.global_batch_size
     every = distill.checkpoint_every_steps or config.checkpoint.every_steps
     warmup_steps = min(distill.lr_schedule.warmup_steps, updates // 5)
     return config.model_copy(
         update={
             "seed": stage_seed(config.seed, stage.number),
             "model": _begun(config.model),
-            "data": config.data.model_copy(update={"global_batch_size": batch}),
+            "data": config.stage_data,
             "objective": objective,
             "optim": config.optim.model_copy(update={"learning_rate": learning_rate}),
             "lr_schedule": distill.lr_schedule.model_copy(update={"warmup_steps": warmup_steps}),

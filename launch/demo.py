@@ -59,8 +59,8 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
     held_out: faces that were not trained on, which the samples are measured against. images: samples a step count."""
     config = load_recipe(recipe_path(recipe), [])
     assert config.distill is not None and config.data.faces is not None, "the demo's recipe packs faces and halves"
-    check_ranks(config, ranks)
-    check_ranks(config, ranks, batch=config.distill.global_batch_size)
+    check_ranks(config.data, ranks)
+    check_ranks(config.stage_data, ranks, section="distill")
     faces, students = config.data.faces, student_counts(config.distill)
     updates = config.distill.updates
     sys.stderr.write(

@@ -22,7 +22,7 @@ def print_plan(recipe: str, overrides: Sequence[str], *, cluster: str, ranks: in
     config = load_recipe(path, own)
     machines = load_cluster(cluster, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")])
     world_size = ranks or machines.ranks
-    check_ranks(config, world_size)
+    check_ranks(config.data, world_size)
     check_engine(config, world_size)
     gpu = gpu or (machines.gpu_type if isinstance(machines, SlurmCluster) else None)
     on_gpu = gpu is not None or (not isinstance(machines, LocalCluster) and machines.gpus_per_rank > 0)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from data_shards.index import ShardIndex
 from launch.chain import freeze_chain, with_teacher
@@ -17,7 +18,7 @@ from launch.models import is_hub_id, teacher_place, with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.sweep import is_sweep
-from trainer.config import RunConfig
+from trainer.config import DataConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
 from trainer.export_folder import with_teacher_path
@@ -110,7 +111,9 @@ def chain_config(recipe: str, config: RunConfig, machines: ClusterConfig) -> Run
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
     if distill.teacher is not None:
         config = with_teacher(config, distill.teacher)
-    check_ranks(config, machines.ranks, batch=distill.global_batch_size)
+    else:
+        check_ranks(config.data, machines.ranks)
+    check_ranks(config.stage_data, machines.ranks, section="distill")
     return config
 
 
@@ -145,7 +148,7 @@ def prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig,
             text = "is for runs on this machine; set cluster.nodes and cluster.ranks_per_node"
             raise ValueError(f"--ranks {how.ranks}: {text}, or leave --cluster {how.cluster} out")
         machines = machines.model_copy(update={"ranks_per_node": how.ranks})
-    check_ranks(config, machines.ranks)
+    check_ranks(config.data, machines.ranks)
     check_engine(config, machines.ranks)
     return config, machines, how.run_dir or Path("runs") / recipe_path(recipe).stem
 
@@ -202,15 +205,14 @@ def warn_of_shared_shards(shards: Sequence[Path], machines: ClusterConfig) -> No
         )
 
 
-def check_ranks(config: RunConfig, ranks: int, *, batch: int | None = None) -> None:
-    """Raises: ValueError if so many ranks cannot divide the micro-batches of a global batch (the recipe's, or `batch`)."""
-    images = batch or config.data.global_batch_size
-    count = images // config.data.micro_batch_size
+def check_ranks(data: DataConfig, ranks: int, *, section: Literal["data", "distill"] = "data") -> None:
+    """Raises: ValueError if so many ranks cannot divide the micro-batches of a global batch. section: of the recipe, where mended."""
+    count = data.global_batch_size // data.micro_batch_size
     if count % ranks:
         raise ValueError(
-            f"{ranks} ranks cannot divide {count} micro-batches (global batch {images} / data.micro_batch_size="
-            f"{config.data.micro_batch_size}); give --ranks (or cluster.nodes x cluster.ranks_per_node) a divisor of {count}, "
-            "or change data.micro_batch_size"
+            f"{ranks} ranks cannot divide {count} micro-batches (global batch {data.global_batch_size} / micro-batch "
+            f"{data.micro_batch_size}); give --ranks (or cluster.nodes x cluster.ranks_per_node) a divisor of {count}, "
+            f"or change {section}.micro_batch_size"
         )
 
 

@@ -240,6 +240,12 @@ class RunConfig(Section):
         return self.data.global_batch_size // self.data.micro_batch_size
 
     @property
+    def stage_data(self) -> DataConfig:
+        """The data of a chain's stages, which may have batches of their own."""
+        given = self.distill and {"global_batch_size": self.distill.global_batch_size, "micro_batch_size": self.distill.micro_batch_size}
+        return self.data.model_copy(update={name: images for name, images in (given or {}).items() if images is not None})
+
+    @property
     def steps_may_grow(self) -> bool:
         """Whether a resume may raise train.steps, which the learning rate of earlier steps must not depend on."""
         return self.lr_schedule.kind in ("constant", "step_decay")
@@ -330,11 +336,12 @@ def _chain_problems(config: RunConfig, distill: DistillConfig) -> Iterator[Probl
         *_off_sequence("distill.end_steps", distill.end_steps, levels),
     ]
     yield from off
-    images, micro = distill.global_batch_size, config.data.micro_batch_size
-    if images is not None and images % micro:
+    images, micro = config.stage_data.global_batch_size, config.stage_data.micro_batch_size
+    if images % micro and not config.data.global_batch_size % config.data.micro_batch_size:
         nearest = max(1, round(images / micro)) * micro
-        text = f"{images} is not a multiple of data.micro_batch_size={micro}; set distill.global_batch_size={nearest}"
-        yield Problem(("distill.global_batch_size", "data.micro_batch_size"), text)
+        named = "data.micro_batch_size" if distill.micro_batch_size is None else "distill.micro_batch_size"
+        text = f"{images} is not a multiple of {named}={micro}; set distill.global_batch_size={nearest}"
+        yield Problem(("distill.global_batch_size", named), text)
     if off:
         return
     yield from _skip_problems(distill)

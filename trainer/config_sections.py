@@ -510,6 +510,8 @@ class DistillConfig(Section):
     """Decay of the student's moving average, in [0, 1); ema.warmup says whether a short stage's average is a short one."""
     global_batch_size: Count | None = None
     """Images per optimizer step of a stage; null: data.global_batch_size."""
+    micro_batch_size: Count | None = None
+    """Images per rank per forward of a stage; null: data.micro_batch_size."""
     checkpoint_every_steps: Count | None = None
     """Optimizer steps between two checkpoints of a stage; null: checkpoint.every_steps."""
 

@@ -9,6 +9,7 @@ from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
 from launch.chain import freeze_chain, planned_stages, stage_names, stage_seed, student_config, with_teacher
 from launch.run_dir import freeze
+from launch.start import check_ranks
 from trainer.chain import read_chain
 from trainer.config import (
     DdpmConfig,
@@ -66,6 +67,23 @@ def test_a_moved_chain_needs_no_absolute_path(chain: Path) -> None:
 def test_every_stage_has_a_seed_of_its_own() -> None:
     seeds = {stage_seed(seed, number) for seed in range(10) for number in range(1, 11)}
     assert len(seeds) == 100 and max(seeds) < 2**31
+
+
+def test_stages_may_have_batches_of_their_own() -> None:
+    config = _chain(global_batch_size=12, micro_batch_size=2)
+    assert config.distill is not None
+    [first, _] = [student_config(config, config.distill, stage, teacher="..") for stage in planned_stages(config, config.distill)]
+    assert (first.data.global_batch_size, first.data.micro_batch_size, first.micro_batches) == (12, 2, 6)
+    assert (config.data.global_batch_size, config.data.micro_batch_size) == (16, 4), "the teacher's stay"
+    check_ranks(config.stage_data, 3)
+    with pytest.raises(
+        ValueError, match=r"^4 ranks cannot divide 6 micro-batches .*or change distill\.micro_batch_size$"
+    ):
+        check_ranks(config.stage_data, 4, section="distill")
+    with pytest.raises(ValueError, match=r"6 is not a multiple of data\.micro_batch_size=4; set distill\.global_batch_size=8"):
+        _chain(global_batch_size=6)
+    with pytest.raises(ValueError, match=r"16 is not a multiple of distill\.micro_batch_size=3; set distill\.global_batch_size=15"):
+        _chain(micro_batch_size=3)
 
 
 def test_warm_up_takes_a_fifth_of_a_short_stage() -> None:
