@@ -37,7 +37,7 @@ class Size:
     counts: tuple[int, int, int] = (1000, 3000, 10000)
     images: int = 256
     sampling_steps: int = 25
-    at: tuple[int, ...] = (125, 250, 500, 1000, 1500)
+    at: tuple[int, ...] = (125, 250, 500, 1000)
     channels: str = "[32,64,128,128]"
     convolution: str = "[32,64,136,136]"
     settings: tuple[str, ...] = ()
