@@ -142,20 +142,23 @@ def train_teacher(folder: Path, faces: torch.Tensor, *, size: Size, saved: Path)
 @final
 @dataclass(frozen=True)
 class Row:
-    """Distances at one stage: of the student, at its update 0, and of the first teacher in as many steps."""
+    """Distances at one stage: of the student, at its update 0, and of the first teacher in as many steps.
+
+    noise: standard deviation of the difference between the first two."""
 
     stage: str
     steps: int
     student: Spread
     update_0: Spread
     teacher: Spread
+    noise: float
 
 
 def measure(root: Path, stages: tuple[ChainStage, ...], reader: Reader, *, size: Size) -> list[Row]:
     """A row for each stage that was trained; what was drawn before is kept."""
 
-    def distances(stage: ChainStage, steps: int) -> Spread:
-        """Of a stage's model, run in `steps` steps."""
+    def pictures(stage: ChainStage, steps: int) -> list[Pictures]:
+        """Of a stage's model, run in `steps` steps; from noise that is the same for all."""
         repeats, count = (size.repeats, size.images) if steps <= FEW_STEPS else (1, min(size.images, MANY_STEPS_IMAGES))
 
         def draw(repeat: int) -> Pictures:
@@ -163,11 +166,14 @@ def measure(root: Path, stages: tuple[ChainStage, ...], reader: Reader, *, size:
             return draw_images(load_source(stage.run_dir), steps=steps, seed=repeat * 10_000, count=count, sampler="ddim")
 
         paths = [root / "pictures" / f"{stage.name}_in_{steps}_{repeat}.npy" for repeat in range(repeats)]
-        return Spread.of([reader.distance(kept(path, lambda repeat=repeat: draw(repeat)), STYLE) for repeat, path in enumerate(paths)])
+        return [kept(path, lambda repeat=repeat: draw(repeat)) for repeat, path in enumerate(paths)]
 
     rows = []
     for before, stage in pairwise(stages):
-        row = Row(stage.name, stage.steps, *(distances(each, stage.steps) for each in (stage, before, stages[0])))
+        drawn = [pictures(each, stage.steps) for each in (stage, before, stages[0])]
+        spreads = (Spread.of([reader.distance(repeat, STYLE) for repeat in repeats]) for repeats in drawn)
+        noise = reader.noise_of_difference(torch.cat(drawn[0]), torch.cat(drawn[1]), STYLE)
+        row = Row(stage.name, stage.steps, *spreads, noise=round(noise, 3))
         sys.stdout.write(f"{row.stage}: student {row.student}, at update 0 {row.update_0}, teacher in as few {row.teacher}\n")
         sys.stdout.flush()
         rows.append(row)
@@ -184,8 +190,13 @@ def write(rows: list[Row], out: Path, *, size: Size) -> None:
         "size": asdict(size),
         "rows": [asdict(row) for row in rows],
     }
-    lines = ["| sampling steps | student | student at update 0 | teacher in as many DDIM steps |", "| --- | --- | --- | --- |"]
-    lines += [f"| {_title(row, rows)} | {row.student} | {row.update_0} | {row.teacher} |" for row in rows]
+    lines = [
+        "| sampling steps | student | student at update 0 | student less update 0, and its noise | teacher in as many DDIM steps |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        gained = f"{row.student.mean - row.update_0.mean:+.1f} +- {row.noise:.1f}"
+        lines.append(f"| {_title(row, rows)} | {row.student} | {row.update_0} | {gained} | {row.teacher} |")
     curves: Mapping[str, list[Spread]] = {
         "student": [row.student for row in rows],
         "student at update 0": [row.update_0 for row in rows],

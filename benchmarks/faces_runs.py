@@ -115,6 +115,19 @@ class Reader:
         """Frechet distance to held-out faces of a style."""
         return frechet_distance(*self._statistics(pictures.permute(0, 3, 1, 2).contiguous()), *self._references[style])
 
+    def noise_of_difference(self, one: Pictures, other: Pictures, style: str, *, rounds: int = 200) -> float:
+        """Standard deviation of distance(one) - distance(other), of pictures from the same noise, by drawing pairs with replacement.
+
+        Source: the paired bootstrap, Efron 1979."""
+        reference = self._references[style]
+        features = [features_of(self.net, pictures.permute(0, 3, 1, 2).contiguous()) for pictures in (one, other)]
+        differences = []
+        for number in range(rounds):
+            drawn = torch.randint(len(one), (len(one),), generator=generator(number, "bootstrap"))
+            first, second = (frechet_distance(*mean_and_covariance(rows[drawn]), *reference) for rows in features)
+            differences.append(first - second)
+        return statistics.stdev(differences)
+
     def _statistics(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
         return mean_and_covariance(features_of(self.net, images))
 
