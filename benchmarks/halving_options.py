@@ -1,7 +1,7 @@
-"""What each option of halving is worth: quality by step count, updates and seconds of the same chain with one thing changed, on faces.
+"""What each option of halving is worth: quality by step count and cost of the same chain with one thing changed, on faces.
 
-The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, from the demo's recipe with one
-change, kept below --root: the same command goes on where it was. The base makes half of the demo's updates. Every student draws images
+The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, with one change to the base,
+kept below --root: the same command goes on where it was. The base is the demo's recipe in batches of 32 images. Every student draws images
 from the same noise, which are compared with held-out faces. Writes the figures as JSON, a table as
 Markdown and a sheet of pictures."""
 
@@ -29,6 +29,8 @@ STEPS = (16, 8, 4, 2, 1)
 START = 32
 RATES = (3e-4, 5e-4, 5e-4, 6e-4, 6e-4)
 """The base's learning rates, stage by stage."""
+BATCHES = {"global_batch_size": 32, "micro_batch_size": 16, "lr_schedule": "{kind: linear, warmup_steps: 10}"}
+"""Of the base's stages: the teacher's batches."""
 BASE, TEACHER = "base", "teacher as it is"
 
 
@@ -72,7 +74,7 @@ def variants(size: Size) -> dict[str, tuple[str, ...]]:
     def rates(factor: float) -> str:
         return f"distill.learning_rate={[round(factor * rate, 5) for rate in RATES]}".replace(" ", "")
 
-    half = ("distill.global_batch_size=16", "data.micro_batch_size=8", updates([2 * count for count in size.updates]))
+    half = ("distill.global_batch_size=16", "distill.micro_batch_size=8", updates([2 * count for count in size.updates]))
     by_need = f"distill.stop_when={{every_steps: {max(1, first // 4)}, images: 32}}"
     return {
         BASE: (),
@@ -89,7 +91,7 @@ def variants(size: Size) -> dict[str, tuple[str, ...]]:
         ),
         "a quarter of the batch, four times the updates": (
             "distill.global_batch_size=8",
-            "data.micro_batch_size=4",
+            "distill.micro_batch_size=4",
             updates([4 * count for count in size.updates]),
         ),
         "16 skipped": ("distill.skip=[16]", updates((first + second, third, fourth, fifth)), "distill.learning_rate=[5e-4,5e-4,6e-4,6e-4]"),
@@ -201,7 +203,7 @@ class Chain:
                 halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null")
         else:
             updates, rates = (str(list(each)).replace(" ", "") for each in (self.size.updates, RATES))
-            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates}
+            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates, **BATCHES}
             changed = {word.partition("=")[0] for word in words}
             own = [f"distill.{key}={value}" for key, value in base.items() if f"distill.{key}" not in changed]
             halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), f"seed={self.seed}", *own, *words)
@@ -248,8 +250,8 @@ def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size) -
     }
     whole = next(row.cost for row in rows if row.variant == TEACHER)
     lines = [
-        f"| variant, distance at steps | {' | '.join(map(str, STEPS))} | updates | image evaluations | seconds |",
-        "| --- |" + " --- |" * (len(STEPS) + 3),
+        f"| variant, distance at steps | {' | '.join(map(str, STEPS))} | updates | image evaluations |",
+        "| --- |" + " --- |" * (len(STEPS) + 2),
     ]
     for row in rows:
         cells = [str(row.distances.get(steps, "")) for steps in STEPS]
@@ -257,7 +259,6 @@ def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size) -
         cells += [
             f"{cost.updates:,}" + (f" ({cost.updates / whole.updates:.2f})" if share else ""),
             f"{cost.evaluations:,}" + (f" ({cost.evaluations / whole.evaluations:.2f})" if share else ""),
-            f"{cost.seconds:.0f}" + (f" ({cost.seconds / whole.seconds:.2f})" if share else ""),
         ]
         lines.append(f"| {row.variant} | {' | '.join(cells)} |")
     replace_file(out, json_text(result))
