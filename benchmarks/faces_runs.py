@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from data_shards.files import json_text, replace_file
@@ -109,18 +109,18 @@ class Reader:
     def __init__(self, faces: Mapping[str, Path], held_out: Mapping[str, Path]) -> None:
         """faces: shards to learn from, by the style's name; held_out: shards to measure against."""
         self.net = feature_net(faces)
-        self._references = {name: self._statistics(read(folder).images) for name, folder in held_out.items()}
+        self._references = {name: mean_and_covariance(features_of(self.net, read(folder).images)) for name, folder in held_out.items()}
 
     def distance(self, pictures: Pictures, style: str) -> float:
         """Frechet distance to held-out faces of a style."""
-        return frechet_distance(*self._statistics(pictures.permute(0, 3, 1, 2).contiguous()), *self._references[style])
+        return frechet_distance(*mean_and_covariance(self._features(pictures)), *self._references[style])
 
     def noise_of_difference(self, one: Pictures, other: Pictures, style: str, *, rounds: int = 200) -> float:
         """Standard deviation of distance(one) - distance(other), of pictures from the same noise, by drawing pairs with replacement.
 
         Source: the paired bootstrap, Efron 1979."""
         reference = self._references[style]
-        features = [features_of(self.net, pictures.permute(0, 3, 1, 2).contiguous()) for pictures in (one, other)]
+        features = [self._features(pictures) for pictures in (one, other)]
         differences = []
         for number in range(rounds):
             drawn = torch.randint(len(one), (len(one),), generator=generator(number, "bootstrap"))
@@ -128,8 +128,8 @@ class Reader:
             differences.append(first - second)
         return statistics.stdev(differences)
 
-    def _statistics(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
-        return mean_and_covariance(features_of(self.net, images))
+    def _features(self, pictures: Pictures) -> Float[Tensor, "b d"]:
+        return features_of(self.net, pictures.permute(0, 3, 1, 2).contiguous())
 
 
 def feature_net(faces: Mapping[str, Path]) -> FeatureNet:

@@ -1,9 +1,9 @@
 """What each option of halving is worth: quality by step count and cost of the same chain with one thing changed, on faces.
 
 The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, with one change to the base,
-kept below --root: the same command goes on where it was. The base is the demo's recipe in batches of 32 images. Every student draws images
-from the same noise, which are compared with held-out faces. Writes the figures as JSON, a table as
-Markdown and a sheet of pictures."""
+kept below --root: the same command goes on where it was. The base is the demo's recipe in batches of 32 images. Every student draws
+images from the same noise, which are compared with held-out faces. Writes the figures as JSON, a table as Markdown and a sheet of
+pictures."""
 
 import argparse
 import sys
@@ -29,8 +29,8 @@ STEPS = (16, 8, 4, 2, 1)
 START = 32
 RATES = (3e-4, 5e-4, 5e-4, 6e-4, 6e-4)
 """The base's learning rates, stage by stage."""
-BATCHES = {"global_batch_size": 32, "micro_batch_size": 16, "lr_schedule": "{kind: linear, warmup_steps: 10}"}
-"""Of the base's stages: the teacher's batches."""
+STAGES = {"global_batch_size": 32, "micro_batch_size": 16, "lr_schedule": "{kind: linear, warmup_steps: 10}"}
+"""Of the base besides: the teacher's batches, and a short warm-up."""
 BASE, TEACHER = "base", "teacher as it is"
 
 
@@ -203,7 +203,7 @@ class Chain:
                 halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null")
         else:
             updates, rates = (str(list(each)).replace(" ", "") for each in (self.size.updates, RATES))
-            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates, **BATCHES}
+            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates, **STAGES}
             changed = {word.partition("=")[0] for word in words}
             own = [f"distill.{key}={value}" for key, value in base.items() if f"distill.{key}" not in changed]
             halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), f"seed={self.seed}", *own, *words)

@@ -111,8 +111,6 @@ def chain_config(recipe: str, config: RunConfig, machines: ClusterConfig) -> Run
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
     if distill.teacher is not None:
         config = with_teacher(config, distill.teacher)
-    else:
-        check_ranks(config.data, machines.ranks)
     check_ranks(config.stage_data, machines.ranks, section="distill")
     return config
 

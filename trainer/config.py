@@ -242,8 +242,10 @@ class RunConfig(Section):
     @property
     def stage_data(self) -> DataConfig:
         """The data of a chain's stages, which may have batches of their own."""
-        given = self.distill and {"global_batch_size": self.distill.global_batch_size, "micro_batch_size": self.distill.micro_batch_size}
-        return self.data.model_copy(update={name: images for name, images in (given or {}).items() if images is not None})
+        if self.distill is None:
+            return self.data
+        own = {"global_batch_size": self.distill.global_batch_size, "micro_batch_size": self.distill.micro_batch_size}
+        return self.data.model_copy(update={name: images for name, images in own.items() if images is not None})
 
     @property
     def steps_may_grow(self) -> bool:

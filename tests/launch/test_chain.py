@@ -76,9 +76,7 @@ def test_stages_may_have_batches_of_their_own() -> None:
     assert (first.data.global_batch_size, first.data.micro_batch_size, first.micro_batches) == (12, 2, 6)
     assert (config.data.global_batch_size, config.data.micro_batch_size) == (16, 4), "the teacher's stay"
     check_ranks(config.stage_data, 3)
-    with pytest.raises(
-        ValueError, match=r"^4 ranks cannot divide 6 micro-batches .*or change distill\.micro_batch_size$"
-    ):
+    with pytest.raises(ValueError, match=r"^4 ranks cannot divide 6 micro-batches .*or change distill\.micro_batch_size$"):
         check_ranks(config.stage_data, 4, section="distill")
     with pytest.raises(ValueError, match=r"6 is not a multiple of data\.micro_batch_size=4; set distill\.global_batch_size=8"):
         _chain(global_batch_size=6)

@@ -1,5 +1,6 @@
 """Which attention kernels a diffusers model uses: PyTorch's own (sdpa) or xformers'."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -98,20 +99,41 @@ class _AttendInFp32(TorchFunctionMode):
         if func is not scaled_dot_product_attention or args[0].shape[-2] * args[1].shape[-2] > _SCORES_IN_FP32:
             return func(*args, **kwargs)
         with torch.autocast(args[0].device.type, enabled=False):
-            attended = func(*(tensor.float() for tensor in args), **{name: _raised(given) for name, given in kwargs.items()})
+            attended = func(*map(_raised, args), **{name: _raised(given) for name, given in kwargs.items()})
         return attended.to(args[0].dtype)
 
 
 def _raised(given: object) -> object:
-    """A mask that is added, in fp32; anything else as it is."""
+    """Numbers in fp32; anything else, such as a mask of truths, as it is."""
     return given.float() if isinstance(given, Tensor) and given.is_floating_point() else given
 
 
 _Processor = Callable[..., Tensor]
 
 
+class _Around(ABC):
+    """A processor that calls another one."""
+
+    # diffusers reads the names of the arguments, and passes on only those that it finds
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask)
+        # the processors with added keys do not take the last one
+        return self.attend(*given, *(() if temb is None else (temb,)))
+
+    @abstractmethod
+    def attend(self, attn: Attention, hidden: Tensor, encoded: Tensor | None, mask: Tensor | None, *temb: Tensor) -> Tensor:
+        """Attend by the other one."""
+
+
 @final
-class InFp32:
+class InFp32(_Around):
     """PyTorch's attention over few tokens in fp32, between linear layers in the activations' type: more exact, and on CPUs faster.
 
     Their backward kernel is slow in bf16: 64 tokens of 4 heads of 32 channels, 16 images, take a core of an AMD EPYC 9.4 ms forward and
@@ -120,21 +142,14 @@ class InFp32:
     def __init__(self, process: _Processor) -> None:
         self.process = process
 
-    # diffusers reads the names of the arguments, and passes on only those that it finds
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, attn: Attention, hidden: Tensor, encoded: Tensor | None, mask: Tensor | None, *temb: Tensor) -> Tensor:
+        """See _Around."""
         with _AttendInFp32():
-            return _call(self.process, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return self.process(attn, hidden, encoded, mask, *temb)
 
 
 @final
-class XFormersUnlessMasked:
+class XFormersUnlessMasked(_Around):
     """xformers' kernels where there is no mask, else PyTorch's.
 
     xformers refuses masks whose rows are not aligned to 16 bytes, such as a prior's over 81 tokens."""
@@ -142,30 +157,9 @@ class XFormersUnlessMasked:
     def __init__(self, unmasked: _Processor, masked: _Processor) -> None:
         self.unmasked, self.masked = unmasked, masked
 
-    # diffusers reads the names of the arguments, and passes on only those that it finds
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        process = self.unmasked if attention_mask is None else self.masked
-        return _call(process, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-
-def _call(
-    process: _Processor,
-    attn: Attention,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None,
-    attention_mask: Tensor | None,
-    temb: Tensor | None,
-) -> Tensor:
-    if temb is None:  # the processors with added keys do not take one
-        return process(attn, hidden_states, encoder_hidden_states, attention_mask)
-    return process(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    def attend(self, attn: Attention, hidden: Tensor, encoded: Tensor | None, mask: Tensor | None, *temb: Tensor) -> Tensor:
+        """See _Around."""
+        return (self.unmasked if mask is None else self.masked)(attn, hidden, encoded, mask, *temb)
 
 
 def _unwrapped(processor: object) -> object:

@@ -250,7 +250,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     mend = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth, or its tensors as safetensors"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {mend}")
-    tensors = named_tensors(read_weights_file(path))
-    if not tensors:
+    content = read_weights_file(path)
+    tensors = named_tensors(content)
+    if not isinstance(content, Mapping) or len(tensors) != len(content):
         raise ValueError(f"{path}: is no mapping of names to tensors; {mend}")
     return tensors

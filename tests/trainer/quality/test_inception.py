@@ -145,5 +145,8 @@ def test_other_weights_are_named(inception_weights: Weights, tmp_path: Path) -> 
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_inception(tmp_path / "text.safetensors")
+    torch.save({**inception_weights, "epoch": 3}, tmp_path / "more.pth")
+    with pytest.raises(ValueError, match="is no mapping of names to tensors"):
+        load_inception(tmp_path / "more.pth")
     with pytest.raises(ValueError, match="no such file"):
         load_inception(tmp_path / "nowhere.pth")
