@@ -137,7 +137,9 @@ class Seed:
 
     def _draw(self, role: str, sampler: Sampler, steps: int) -> Pictures:
         folder = {TEACHER: self.folder / "finetuned", BASE: self.folder / "source"}.get(role, self.folder / f"{role}_{sampler}")
-        return draw_images(load_source(folder, steps), steps=steps, seed=0, count=self.size.images, sampler=sampler)
+        source = load_source(folder, steps)
+        precision = source.recipe.engine.precision  # as `halfstep evaluate` draws
+        return draw_images(source, steps=steps, seed=0, count=self.size.images, sampler=sampler, precision=precision)
 
     def _teachers(self) -> None:
         source, tuned, samples = (self.folder / name for name in ("source", "finetuned", "shards_teacher_samples"))
@@ -150,7 +152,16 @@ class Seed:
             halfstep("train", "faces_finetuned", *common, "--run-dir", str(tuned), *words)
         if not (samples / "index.json").exists():
             # noise that no measurement starts from
-            words = ("--count", str(size.samples), "--steps", str(size.draw_steps), "--seed", str(1_000_000 * (self.seed + 1)))
+            words = (
+                "--count",
+                str(size.samples),
+                "--steps",
+                str(size.draw_steps),
+                "--seed",
+                str(1_000_000 * (self.seed + 1)),
+                "--precision",
+                "bf16",
+            )
             halfstep("shards", "draw", str(tuned), *words, "--out", str(samples), *common)
 
     def _halve(self, role: str, sampler: Sampler) -> None:

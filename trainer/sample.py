@@ -145,13 +145,15 @@ def draw_images(
     sampler: Sampler | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     device: torch.device | None = None,
+    precision: str = "fp32",
 ) -> UInt8[Tensor, "b h w c"]:
     """Images start ... start + count - 1 of `seed`, in 0 ... 255, on the CPU; image i is drawn from seed + i alone.
 
-    sampler: None for the one that the model was made for. Moves the model to `device` (default: this rank's).
+    sampler: None for the one that the model was made for. Moves the model to `device` (default: this rank's); precision: of its
+    activations, below fp32 of its weights, too.
     Raises: ValueError if the model has fewer than `steps` levels."""
     device = device or ranks.device()
-    predict = denoiser_on(source.model, device)
+    predict = denoiser_on(source.model, device, precision=precision)
     return draw_share(
         predict, source, steps=steps, seed=seed, indices=range(start, start + count), sampler=sampler, batch_size=batch_size, device=device
     )
