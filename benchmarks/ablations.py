@@ -137,7 +137,8 @@ class Run:
         checkpoint = read_checkpoint(self.folder / "run" / "checkpoints" / f"step_{step:06d}")
         verify_files(checkpoint, checkpoint.files)
         source.model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(checkpoint, "ema").items()})
-        return draw_images(source, steps=self.size.sampling_steps, seed=0, count=self.size.images)
+        precision = source.recipe.engine.precision  # as `halfstep evaluate` draws
+        return draw_images(source, steps=self.size.sampling_steps, seed=0, count=self.size.images, precision=precision)
 
 
 def write(distances: Mapping[tuple[str, int], Sequence[float]], out: Path, *, seeds: Sequence[int], size: Size, sheet: Image.Image) -> None:

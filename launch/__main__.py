@@ -177,7 +177,9 @@ def plan(
 def sample(
     source: Source,
     prompt: Prompts = None,
-    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sampling steps. Default: the model's own.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Sampling steps. Default: the model's own; of a chain, its last student's.")
+    ] = None,
     images: Annotated[int | None, typer.Option(min=1, metavar="K", help="Number of images: 16, or of each prompt 4.")] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Image i starts from noise of seed S + i.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE.png|DIR", help="A grid as .png, or a directory for single images too.")] = Path(

@@ -1,18 +1,17 @@
 """The models that a recipe names, before a run starts: folders by their absolute path, Hub ids at one commit for good."""
 
 import os
-import re
 from pathlib import Path
 
 from data_shards.hub.access import COMMIT, commit_sha
 from data_shards.remote.fetch import offline_variable
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
+from trainer.export_folder import HUB_ID
 from trainer.tiny_models.kinds import KINDS
 
 _FIELDS = ("base", "autoencoder", "image_encoder", "decoder", "prior")
 """Of a model section: a folder, a file or a Hub id."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 _REMOVED = "stabilityai/stable-diffusion-2"
 
 
@@ -37,6 +36,17 @@ def with_models(config: RunConfig, run_dir: Path) -> RunConfig:
     return config
 
 
+def check_models(config: RunConfig) -> None:
+    """Raises: ValueError if a folder that the recipe names is not there. Asks no Hub."""
+    for name in _FIELDS:
+        if isinstance(value := getattr(config.model, name, None), str):
+            placed(f"model.{name}", value)
+    if isinstance(start := getattr(config.model, "start", None), str):
+        _finished(start)
+    if config.validation.clip is not None:
+        placed("validation.clip", config.validation.clip)
+
+
 def _finished(start: str) -> str:
     """A run's or export's folder by its absolute path."""
     if not (Path(start) / "recipe.yaml").is_file() or (Path(start) / "chain.json").exists():
@@ -55,7 +65,7 @@ def teacher_place(teacher: str, revision: str | None = None) -> str:
 
 def is_hub_id(text: str) -> bool:
     """Whether a text that is no path here is a Hub id rather than a mistyped path, whose first folder is here."""
-    return _HUB_ID.fullmatch(text) is not None and not os.path.exists(text) and not os.path.isdir(text.partition("/")[0])
+    return HUB_ID.fullmatch(text) is not None and not os.path.exists(text) and not os.path.isdir(text.partition("/")[0])
 
 
 def placed(key: str, text: str) -> str:
@@ -65,9 +75,11 @@ def placed(key: str, text: str) -> str:
     if os.path.exists(text):
         return os.path.abspath(text)
     looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") != 1
-    if looks_like_a_path or not _HUB_ID.fullmatch(text):
+    if looks_like_a_path or not HUB_ID.fullmatch(text):
         tiny = next((kind for kind in KINDS if Path(text).name == kind), None)
-        make = f"make one to try: halfstep make-tiny {tiny} {text}" if tiny else "give a folder that is there, or a Hub id OWNER/NAME"
+        first = "train it first, or " if text.startswith("runs/") else ""
+        give = f"{first}give a folder that is there, or a Hub id OWNER/NAME"
+        make = f"make one to try: halfstep make-tiny {tiny} {text}" if tiny else give
         raise ValueError(f"{key}={text}: no such file or folder; {make}")
     if text.startswith(_REMOVED):
         copy = f"sd2-community/{text.removeprefix('stabilityai/')}"

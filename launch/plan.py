@@ -1,11 +1,14 @@
 """`halfstep plan`: what a run needs and costs, before it is submitted."""
 
+import json
 import os
 from collections.abc import Sequence
 
+from launch.chain import with_teacher
 from launch.cluster import ClusterConfig, LocalCluster, SlurmCluster, load_cluster
 from launch.job import Job
 from launch.local import run_job
+from launch.models import is_hub_id
 from launch.start import check_engine, check_ranks
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe, recipe_path
@@ -20,6 +23,7 @@ def print_plan(recipe: str, overrides: Sequence[str], *, cluster: str, ranks: in
     own = [text for text in overrides if not text.startswith("cluster.")]
     path = recipe_path(recipe)
     config = load_recipe(path, own)
+    own += _of_teacher(config)
     machines = load_cluster(cluster, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")])
     world_size = ranks or machines.ranks
     check_ranks(config.data, world_size)
@@ -37,6 +41,24 @@ def print_plan(recipe: str, overrides: Sequence[str], *, cluster: str, ranks: in
     }
     here = LocalCluster(threads_per_rank=max(1, os.cpu_count() or 1))
     return run_job(Job("plan", path, options), here, ranks=1)
+
+
+def _of_teacher(config: RunConfig) -> list[str]:
+    """The words that give a halving's recipe the sections that its teacher decides, where it takes one.
+
+    Raises: ValueError if the teacher is not there, and the recipe does not say what it will be."""
+    teacher = config.distill and config.distill.teacher
+    if teacher is None:
+        return []
+    if os.path.exists(teacher) or is_hub_id(teacher):
+        taken = with_teacher(config, teacher).model_dump(mode="json")
+        return [f"{section}={json.dumps(taken[section])}" for section in ("model", "noise_schedule", "objective")]
+    if "model" not in config.model_fields_set:
+        raise ValueError(
+            f"distill.teacher={teacher}: not there, so its network is not known; train it first, or say what it will be, "
+            "such as model='{kind: ddpm, base: google/ddpm-celebahq-256}'"
+        )
+    return []
 
 
 def _title(name: str, config: RunConfig, machines: ClusterConfig, *, ranks: int | None) -> str:

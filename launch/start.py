@@ -10,15 +10,15 @@ from typing import Literal
 from data_shards.index import ShardIndex
 from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster, load_cluster
-from launch.data import data_folders, with_data
+from launch.data import check_shards, data_folders, seen_from_here, with_data
 from launch.dry_run import dry_run_text
 from launch.job import Job
 from launch.local import run_until_done
-from launch.models import is_hub_id, teacher_place, with_models
+from launch.models import check_models, is_hub_id, teacher_place, with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.sweep import is_sweep
-from trainer.config import DataConfig, RunConfig
+from trainer.config import DataConfig, DistillConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
 from trainer.export_folder import with_teacher_path
@@ -51,11 +51,16 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
     Raises: ValueError for a recipe, cluster, data or folder that cannot be used."""
     config, machines, folder = prepare(recipe, overrides, how)
     options: dict[str, object] = {"allow_fresh": how.allow_fresh}
+    check_trains(recipe, config)
     if how.dry_run:
         sys.stdout.write(dry_run_text(Job("train", folder, options), config, machines))
         return DONE
-    if (folder / "chain.json").exists():
-        raise ValueError(f"{folder}: holds a chain of halvings; go on with `halfstep distill`, or give another --run-dir")
+    for chain in (folder, folder.parent):
+        if (chain / "chain.json").exists():
+            raise ValueError(
+                f"{folder}: holds {'a chain of halvings' if chain == folder else f'a stage of {chain}'}; go on with "
+                f"`halfstep distill`, or give another --run-dir"
+            )
     if is_sweep(folder):
         raise ValueError(f"{folder}: holds a sweep; go on with the same --sweep, or give another --run-dir")
     if is_queued(folder, machines, how):
@@ -96,7 +101,8 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
     if is_sweep(folder):
         raise ValueError(f"{folder}: holds a sweep; give another --run-dir")
     if (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{folder}: holds a single run; halve it with distill.teacher={folder} and another --run-dir")
+        halve = "give" if config.distill and config.distill.teacher else f"halve it with distill.teacher={folder} and"
+        raise ValueError(f"{folder}: holds a single run; {halve} another --run-dir")
     if is_queued(folder, machines, how):
         return follow_queued(folder) if how.follow else DONE
     with locked(folder) as lock:
@@ -111,6 +117,8 @@ def chain_config(recipe: str, config: RunConfig, machines: ClusterConfig) -> Run
         raise ValueError(f"{recipe_path(recipe)}: has no distill section; add one (halfstep recipes demo shows it) or use `halfstep train`")
     if distill.teacher is not None:
         config = with_teacher(config, distill.teacher)
+    if _is_made_of_its_base(distill):
+        check_models(config)
     check_ranks(config.stage_data, machines.ranks, section="distill")
     return config
 
@@ -120,19 +128,37 @@ def freeze_chain_run(folder: Path, config: RunConfig, machines: ClusterConfig, *
     folder.mkdir(parents=True, exist_ok=True)
     distill = config.distill
     assert distill is not None, "a chain's recipe"
-    teacher = distill.teacher
-    if teacher is None or is_stock(Path(teacher)) or is_hub_id(teacher):
-        config = with_models(config, folder)  # a run's or an export's own recipe has done so, and no student needs the base itself
+    if _is_made_of_its_base(distill):
+        config = with_models(config, folder)
     shards = data_folders(config, shards_in)
     freeze_chain(folder, config, distill, shards=shards)
     write_surroundings(folder, machines)
     return shards
 
 
+def _is_made_of_its_base(distill: DistillConfig) -> bool:
+    """Whether a chain begins with the models that its recipe names. Those of a run or an export were found when it was
+    trained, and no student needs the base itself."""
+    return distill.teacher is None or is_stock(Path(distill.teacher)) or is_hub_id(distill.teacher)
+
+
+def check_trains(recipe: str, config: RunConfig) -> None:
+    """Raises: ValueError for a recipe that only halves, or models that it names and that are not there."""
+    if config.distill is not None and config.distill.teacher is not None:
+        raise ValueError(
+            f"{recipe}: halves a teacher that there is already (distill.teacher={config.distill.teacher}); "
+            f"use `halfstep distill {recipe}`, or set distill=null to train its model section"
+        )
+    check_models(config)
+
+
 def prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig, ClusterConfig, Path]:
     """Recipe, cluster and RUN_DIR, checked against each other."""
     own = [text for text in overrides if not text.startswith("cluster.")]
-    config = load_recipe(recipe_path(recipe), own)
+    path = recipe_path(recipe)
+    config, home = load_recipe(path, own), _run_dir_of(path)
+    if home is not None and not any(text.startswith(("data.shards", "data.mixture")) for text in own):
+        config = seen_from_here(config, home)
     about_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
     machines = load_cluster(how.cluster, about_cluster)
     if how.here:
@@ -148,7 +174,13 @@ def prepare(recipe: str, overrides: Sequence[str], how: How) -> tuple[RunConfig,
         machines = machines.model_copy(update={"ranks_per_node": how.ranks})
     check_ranks(config.data, machines.ranks)
     check_engine(config, machines.ranks)
-    return config, machines, how.run_dir or Path("runs") / recipe_path(recipe).stem
+    check_shards(config.data)
+    return config, machines, how.run_dir or home or Path("runs") / path.stem
+
+
+def _run_dir_of(recipe: Path) -> Path | None:
+    """The RUN_DIR that a recipe was frozen in, with which it goes on; None for a recipe that people have written."""
+    return recipe.parent if recipe.name == "recipe.yaml" and (recipe.parent / "identity.json").exists() else None
 
 
 def _allocated() -> list[str]:

@@ -22,7 +22,7 @@ from trainer.model_card import model_card
 from trainer.options import Options, flag, optional_integer, optional_number, optional_text
 from trainer.pixel_base import PixelBase
 from trainer.sample import draw_images, grid_image, png
-from trainer.source import TIME_TABLE, Source, is_latent, load_source, time_table
+from trainer.source import TIME_TABLE, Source, is_latent, load_source, time_table, trained_stages
 from trainer.stages import halving_counts
 from trainer.stock import is_stock
 
@@ -67,13 +67,13 @@ def _export_pixels(path: Path, options: Options, push: str | None) -> Path:
     steps = optional_integer(options, "steps")
     if flag(options, "merged"):
         raise ValueError(f"--merged: {path} is no LoRA of a latent model; leave --merged out")
+    counts = [stage.steps for stage in trained_stages(path)] if (path / "chain.json").exists() else []
+    if counts and steps not in counts:
+        asked = "say which" if steps is None else f"none of {steps}"
+        raise ValueError(f"{path}: a chain has a model a step count, {asked}: --steps {' or '.join(map(str, counts))}")
     source = load_source(path, steps, ema=optional_number(options, "ema"))
-    if steps is not None and source.descriptor.step_count != steps:
-        raise ValueError(
-            f"{path}: no model samples in {steps} steps there, {source.path} takes {source.descriptor.step_count}; export that or --steps"
-        )
-    if steps is None and source.path != path:
-        raise ValueError(f"{path}: a chain has a model per step count; say which one: --steps N")
+    if steps not in (None, source.descriptor.step_count):
+        raise ValueError(f"{path}: samples in {source.descriptor.step_count} steps, not in {steps}; leave --steps out")
     out = optional_text(options, "out")
     if out is None and source.stock:
         raise ValueError(f"{path}: is of others; give the new folder, --out DIR")
@@ -117,6 +117,8 @@ def write_export(source: Source, out: Path, *, repository: str | None = None) ->
     same = exported_sha256(out) == source.weights_sha256 and exported_checkpoint(out) == source.checkpoint_sha256
     if same and read_json_object(out / "descriptor.json") == source.descriptor.to_json():
         return out
+    if is_export(out):
+        logger.info("%s: the export that is there, of other weights or steps, is replaced", out)
     return write_folder(out, lambda folder: _fill(folder, source, name=repository or out.name))
 
 

@@ -14,6 +14,8 @@ from trainer.config_latent import LatentDenoisingConfig, LatentHalvingConfig
 
 SCHEMA_VERSION = 1
 LORA_FILE = "pytorch_lora_weights.safetensors"
+HUB_ID = re.compile(r"(?!runs/|shards/)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+"""owner/name or owner/name@revision; what lies in halfstep's own folders is none, even where it is missing."""
 _FREE = (".md", ".png")
 """Endings of files that may be changed in an export: its card and its pictures are for readers."""
 
@@ -129,7 +131,7 @@ def public_name(model: str) -> str:
 
 def is_hub_id(model: str) -> bool:
     """Whether a model's name is of the Hub: owner/name, and no folder here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", model) is not None and not Path(model).exists()
+    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def push_export(folder: Path, repository: str, *, endpoint: str | None = None) -> str:

@@ -23,7 +23,7 @@ from trainer.config_sections import Sampler
 from trainer.export_folder import is_hub_id
 from trainer.manifest import newest_checkpoint
 from trainer.models.tiny_unet import Denoiser
-from trainer.sample import draw_on_ranks, draw_share
+from trainer.sample import Told, draw_on_ranks, draw_share
 from trainer.source import Source, denoiser_on, load_source
 from trainer.stock import is_stock
 
@@ -197,7 +197,9 @@ def _draw(entry: Entry) -> PictureRow:
     predict = predictor(entry)
     warm_up(entry)
     started = time.perf_counter()
-    images = draw_on_ranks(predict, entry.source, steps=entry.steps, seed=PICTURES_SEED, count=PICTURES, sampler=entry.sampler)
+    images = draw_on_ranks(
+        predict, entry.source, steps=entry.steps, seed=PICTURES_SEED, count=PICTURES, sampler=entry.sampler, on_step=Told(entry.steps)
+    )
     seconds = time.perf_counter() - started
     mine = len(ranks.share(PICTURES))
     return PictureRow(entry.model, entry.steps, entry.sampler, images, rank_seconds_per_image(seconds, mine))

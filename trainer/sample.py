@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, final
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from trainer.descriptor import Descriptor
 from trainer.diffusion.sampler import draw_noise, sample, sampling_grid
 from trainer.models.tiny_unet import Denoiser
 from trainer.options import Options, integer, optional_integer, optional_text
-from trainer.source import Source, denoiser_on, is_latent, load_source
+from trainer.source import Source, denoiser_on, is_latent, load_source, trained_stages
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ DEFAULT_BATCH_SIZE = 64
 OTHER_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".webp", ".gif")
 SHOWN_PIXELS = 128
 """A grid's images are enlarged by a whole factor to about this side."""
+
+
+_TOLD_SECONDS = 10
 
 
 class NoiseLevels(Protocol):
@@ -46,8 +49,9 @@ class NoiseLevels(Protocol):
 def sample_job(path: Path, options: Options) -> int:
     """Draw images from `path` and write them: a grid where `out` names a .png, else a folder of a grid and single images.
 
-    options: steps (default: the model's own), images, seed, out, sampler (default: the model's own), batch_size; of models that are
-    told what to draw also those of trainer.latents.drawing.sample_prompts. Returns the exit code.
+    options: steps (default: the model's own; of a chain, those of the last student that is trained), images, seed, out, sampler
+    (default: the model's own), batch_size; of models that are told what to draw also those of
+    trainer.latents.drawing.sample_prompts. Returns the exit code.
     Raises: ValueError for a bad source, step count, image count or sampler. Collective."""
     steps, count = optional_integer(options, "steps"), integer(options, "images", 16)
     seed, batch_size = integer(options, "seed", 0), integer(options, "batch_size", DEFAULT_BATCH_SIZE)
@@ -61,11 +65,26 @@ def sample_job(path: Path, options: Options) -> int:
 
         return sample_prompts(path, options)
     _refuse_prompts(options)
+    students = [stage.steps for stage in trained_stages(path)] if (path / "chain.json").exists() else []
+    steps = steps or min(students, default=None)
     source, sampler = load_source(path, steps), chosen_sampler(options)
-    steps = steps or source.descriptor.step_count
+    made_for = source.descriptor.step_count
+    steps = steps or made_for
+    if steps != made_for and ranks.is_rank_0():
+        if students:
+            logger.info("%s: has no student of %d steps (but of %s): its teacher draws", path, steps, ", ".join(map(str, students[1:])))
+        elif source.descriptor.teacher_sha256 is not None:
+            logger.info("%s: was made for %d steps, not for %d", path, made_for, steps)
     started = time.perf_counter()
     images = draw_on_ranks(
-        denoiser_on(source.model, ranks.device()), source, steps=steps, seed=seed, count=count, sampler=sampler, batch_size=batch_size
+        denoiser_on(source.model, ranks.device()),
+        source,
+        steps=steps,
+        seed=seed,
+        count=count,
+        sampler=sampler,
+        batch_size=batch_size,
+        on_step=Told(steps * -(-count // (batch_size * ranks.world_size()))),
     )
     seconds = time.perf_counter() - started
     if ranks.is_rank_0():
@@ -73,6 +92,22 @@ def sample_job(path: Path, options: Options) -> int:
         sampler = sampler or source.descriptor.sampler
         logger.info("%s: %d images of seed %d in %d %s steps, %.1f seconds", written, count, seed, steps, sampler, seconds)
     return 0
+
+
+@final
+class Told:
+    """Says every ten seconds how far a drawing of so many steps, all batches together, has come; for `on_step`."""
+
+    def __init__(self, steps: int) -> None:
+        self._total, self._done = steps, 0
+        self._began = self._last = time.monotonic()
+
+    def __call__(self, _: int) -> None:
+        """One more step is done."""
+        self._done, now = self._done + 1, time.monotonic()
+        if now - self._last > _TOLD_SECONDS and ranks.is_rank_0():
+            self._last, left = now, (now - self._began) * (self._total / self._done - 1)
+            logger.info("drawing: step %d of %d, about %d seconds left", self._done, self._total, math.ceil(left))
 
 
 def _refuse_prompts(options: Options) -> None:
@@ -205,14 +240,25 @@ def draw_on_ranks(
     count: int,
     sampler: Sampler | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    on_step: Callable[[int], None] | None = None,
 ) -> UInt8[Tensor, "b h w c"]:
-    """Images 0 ... count - 1 of `seed` on every rank, each rank having drawn a contiguous share. Collective."""
+    """Images 0 ... count - 1 of `seed` on every rank, each rank having drawn a contiguous share. Collective.
+
+    on_step: as of draw_share."""
     # Shares differ by one at most. All ranks draw as many images as the longest has: a gather wants equal shapes, and a network
     # that is shared among the ranks wants equally many calls. What a shorter share draws beyond its end is cut again.
     first, longest = ranks.share(count).start, -(-count // ranks.world_size())
     indices = range(first, first + longest)
     drawn = draw_share(
-        predict, levels, steps=steps, seed=seed, indices=indices, sampler=sampler, batch_size=batch_size, device=ranks.device()
+        predict,
+        levels,
+        steps=steps,
+        seed=seed,
+        indices=indices,
+        sampler=sampler,
+        batch_size=batch_size,
+        device=ranks.device(),
+        on_step=on_step,
     )
     gathered = ranks.all_gather_tensor(drawn.to(ranks.device())).cpu()
     bounds = [count * number // ranks.world_size() for number in range(ranks.world_size() + 1)]

@@ -13,7 +13,7 @@ from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
 from data_shards.files import content_record, read_json_object
-from trainer.chain import read_chain
+from trainer.chain import ChainStage, read_chain
 from trainer.checkpoint import read_tensors
 from trainer.config import DdpmConfig, DenoisingConfig, PixelModelConfig, RunConfig, TinyUNetConfig, pixel_objective
 from trainer.config_io import load_recipe
@@ -72,16 +72,25 @@ def load_source(path: Path, steps: int | None = None, *, ema: float | None = Non
     if (path / "model_index.json").exists():
         return _load_export(path)
     if (path / "chain.json").exists():
-        stages = read_chain(path)
+        stages, ready = read_chain(path), trained_stages(path)
         stage = next((stage for stage in stages if stage.steps == steps), stages[0])
-        if not stage.run_dir.exists():
-            raise ValueError(f"{stage.run_dir}: this stage has not been started; run `halfstep distill` with --run-dir {path} to go on")
+        if stage not in ready:
+            there = ", ".join(str(stage.steps) for stage in ready)
+            raise ValueError(
+                f"{path}: its model of {stage.steps} steps is not trained yet ({f'those of {there} are' if there else 'none is'}); "
+                "give the command that began the chain again, and it goes on"
+            )
         return load_source(stage.run_dir, ema=ema)
     if (path / "recipe.yaml").exists():
         return _load_run(path, ema=ema)
     raise ValueError(
         f"{path}: neither a RUN_DIR (recipe.yaml), a chain (chain.json), an export nor a pipeline (model_index.json); give one of these"
     )
+
+
+def trained_stages(chain: Path) -> tuple[ChainStage, ...]:
+    """The stages of a chain that have a checkpoint, teacher first; a teacher from elsewhere counts."""
+    return tuple(stage for stage in read_chain(chain) if not stage.trained_here or newest_checkpoint(stage.run_dir) is not None)
 
 
 def source_place(run_dir: Path, text: str) -> Path:

@@ -36,3 +36,13 @@ def test_a_mistake_in_the_recipe_is_named() -> None:
 def test_a_strange_gpu_ends_with_the_names_that_there_are(capfd: pytest.CaptureFixture[str]) -> None:
     assert print_plan("smoke", [], cluster="local", ranks=1, gpu="h10", as_json=False) == 64
     assert "did you mean h100?" in capfd.readouterr().err
+
+
+def test_a_halving_is_planned_with_its_teachers_network_and_all_its_updates(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"distill\.teacher=runs/ddpm_celebahq_cartoon: not there, so its network is not known"):
+        print_plan("distill_finetuned_source", [], cluster="local", ranks=None, gpu=None, as_json=True)
+    words = ["model={kind: ddpm, base: google/ddpm-cifar10-32}", "data.image_size=32"]
+    assert print_plan("distill_finetuned_source", words, cluster="local", ranks=None, gpu="a100-40gb", as_json=True) == 0
+    figures = json.loads(capfd.readouterr().out)
+    assert figures["parameters"]["trained"] == pytest.approx(35.746e6, rel=1e-4)
+    assert figures["run_hours"] == pytest.approx(75_000 * figures["step_seconds"] / 3600)

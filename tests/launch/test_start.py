@@ -1,5 +1,6 @@
 """From the command line to a job: what is refused before anything starts, and what the ranks are told."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -327,3 +328,47 @@ def test_the_command_on_a_queued_run_ends_with_0(site: SlurmOnPath, tmp_path: Pa
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "run: job 17 is queued (Resources) already; nothing is submitted\n")
     assert site.calls == []
+
+
+def test_a_recipe_that_only_halves_is_not_trained(jobs: list[Job]) -> None:
+    with pytest.raises(ValueError, match=r"distill\.teacher=runs/faces_finetuned\); use `halfstep distill distill_finetuned_source-tiny`"):
+        start_train("distill_finetuned_source-tiny", [], How())
+    assert jobs == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("start", "words", "message"),
+    [
+        (start_train, ["model.start=runs/none"], r"model\.start=runs/none: wanted the folder of one run"),
+        (start_train, ["data.shards=nowhere"], r"nowhere/index\.json: there is no index"),
+        (start_train, ["model={kind: ddpm, base: runs/none}"], r"model\.base=runs/none: no such file or folder; train it first"),
+        (
+            start_distill,
+            ["distill={teacher: runs/none, updates: 1}"],
+            r"distill\.teacher=runs/none: no such file or folder; train it first",
+        ),
+    ],
+)
+def test_what_is_not_there_is_named_before_anything_is_written(
+    start: Callable[[str, list[str], How], int], words: list[str], message: str, dry_run: bool, jobs: list[Job]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start("recipe.yaml", words, How(run_dir=Path("run"), dry_run=dry_run))
+    assert jobs == [] and not Path("run").exists()
+
+
+def test_the_recipe_in_a_run_dir_goes_on_there_with_the_data_beside_it(
+    jobs: list[Job], shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shards, "runs/first/shards")
+    assert start_train("recipe.yaml", ["data.shards=runs/first/shards"], How(run_dir=Path("runs/first"))) == DONE
+    first = Path("runs/first/recipe.yaml").read_text()
+    assert "shards: shards\n" in first
+    assert start_train("runs/first/recipe.yaml", [], How()) == DONE
+    assert start_train("runs/first/recipe.yaml", [], How(run_dir=Path("other/second"))) == DONE
+    monkeypatch.chdir("runs")
+    assert start_train("first/recipe.yaml", [], How()) == DONE
+    assert [job.path for job in jobs] == [Path("runs/first"), Path("runs/first"), Path("other/second"), Path("first")]
+    assert Path("first/recipe.yaml").read_text() == first
+    assert f"shards: {Path('first/shards').resolve()}\n" in Path("../other/second/recipe.yaml").read_text()

@@ -1,5 +1,6 @@
 """Sampling: which levels, which noise, which bytes, and the files written."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,21 @@ def test_a_job_writes_a_grid_or_a_folder_of_images(write_run: WriteRun, tmp_path
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["grid.png", *(f"image_{i:05d}.png" for i in range(3))]
     single = np.asarray(Image.open(tmp_path / "folder" / "image_00002.png"))
     assert np.array_equal(single, draw_images(load_source(run_dir), steps=2, seed=4, count=3)[2].numpy())
+
+
+def test_a_chain_is_drawn_by_its_last_student_and_says_so_when_its_teacher_draws(
+    write_run: WriteRun, write_chain: Callable[[dict[int, Path]], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    student = write_run(tmp_path / "stage_01", student_steps=2)
+    chain = write_chain({1000: write_run(tmp_path / "stage_00"), 2: student, 1: tmp_path / "stage_02"})
+    for source in (chain, student):
+        assert sample_job(source, {"images": 2, "out": str(tmp_path / f"of_{source.name}.png")}) == 0
+    assert (tmp_path / f"of_{chain.name}.png").read_bytes() == (tmp_path / "of_stage_01.png").read_bytes()
+    assert sample_job(chain, {"images": 1, "steps": 3, "out": str(tmp_path / "3.png")}) == 0
+    assert "has no student of 3 steps (but of 2): its teacher draws" in caplog.text
+    assert sample_job(student, {"images": 1, "steps": 1, "out": str(tmp_path / "1.png")}) == 0
+    assert "was made for 2 steps, not for 1" in caplog.text
 
 
 @pytest.mark.distributed

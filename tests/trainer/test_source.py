@@ -88,7 +88,7 @@ def test_a_chain_gives_the_stage_of_the_step_count_and_else_the_teacher(write_ru
 
 def test_a_stage_that_was_not_started_is_named(write_run: WriteRun, write_chain: WriteRun, tmp_path: Path) -> None:
     chain = write_chain({1000: write_run(tmp_path / "stage_00"), 8: tmp_path / "stage_01"})
-    with pytest.raises(ValueError, match="stage_01: this stage has not been started"):
+    with pytest.raises(ValueError, match=r"its model of 8 steps is not trained yet \(those of 1000 are\); give the command"):
         load_source(chain, 8)
 
 

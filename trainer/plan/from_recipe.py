@@ -6,7 +6,16 @@ from pathlib import Path
 from torch import nn
 
 from data_shards.index import ShardIndex
-from trainer.config import AutoencoderConfig, DdpmConfig, PixelModelConfig, ProgressiveDistillationConfig, RunConfig, TinyUNetConfig
+from trainer.config import (
+    AutoencoderConfig,
+    DdpmConfig,
+    DistillConfig,
+    PixelModelConfig,
+    ProgressiveDistillationConfig,
+    RunConfig,
+    TinyUNetConfig,
+    student_counts,
+)
 from trainer.latents.networks import shape_of
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
 from trainer.models.ddpm import build_unet
@@ -23,7 +32,11 @@ _TEACHER_FORWARDS = 2
 def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gpu: bool) -> PlanInput:
     """What a plan of this recipe on so many ranks is made of.
 
-    Raises: ValueError where the recipe does not say how large the images are, and its shards are not there."""
+    Of a chain with a teacher from elsewhere, all of its students. Raises: ValueError where the recipe does not say how large the
+    images are, and its shards are not there."""
+    runs = [config.train.steps]
+    if config.distill is not None and config.distill.teacher is not None:
+        config, runs = config.model_copy(update={"data": config.stage_data}), list(stage_updates(config.distill))
     side = image_side(config)
     common = PlanInput(
         build=nn.Identity,
@@ -40,8 +53,8 @@ def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gp
         memory_format=config.train.memory_format,
         optim=config.optim,
         ema=config.ema,
-        steps=config.train.steps,
-        keep_checkpoints=kept_checkpoints(config),
+        steps=sum(runs),
+        keep_checkpoints=sum(kept_checkpoints(config, steps) for steps in runs),
     )
     match config.model:
         case TinyUNetConfig() | DdpmConfig() as model:
@@ -89,13 +102,21 @@ def image_side(config: RunConfig) -> int:
     names = [source.shards for source in data.mixture] or [str(data.shards)]
     missing = [name for name in names if not Path(name).is_dir()]
     if missing:
-        raise ValueError(f"data.shards={missing[0]}: not there, so its images' size is not known; set data.image_size, such as 512")
+        raise ValueError(
+            f"data.shards={missing[0]}: not there, so its images' size is not known; set data.image_size to their pixels a side"
+        )
     return max(ShardIndex.load(Path(name)).side() for name in names)
 
 
-def kept_checkpoints(config: RunConfig) -> int:
-    """Checkpoints that lie on the disk at the end of a run."""
+def stage_updates(distill: DistillConfig) -> tuple[int, ...]:
+    """Updates of each student that a chain trains, the one whose head changes last."""
+    updates = distill.updates if isinstance(distill.updates, tuple) else (distill.updates,) * len(student_counts(distill))
+    return (*updates, distill.head_change.updates) if distill.head_change else updates
+
+
+def kept_checkpoints(config: RunConfig, steps: int) -> int:
+    """Checkpoints that lie on the disk at the end of a run of so many steps."""
     checkpoint = config.checkpoint
-    for_good = config.train.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
-    written = -(-config.train.steps // checkpoint.every_steps)
+    for_good = steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
+    written = -(-steps // checkpoint.every_steps)
     return min(written, checkpoint.keep_last + checkpoint.keep_best + for_good)

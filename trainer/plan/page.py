@@ -111,7 +111,9 @@ def _time(plan: Plan, prices: Prices) -> Iterator[str]:
 def _disk(plan: Plan) -> Iterator[str]:
     kept = plan.source.keep_checkpoints
     yield _row("A checkpoint", _size(plan.checkpoint_bytes))
-    yield _row("Disk of the run", f"{_size(plan.disk_bytes)}: {kept} checkpoints kept, one being written, the export")
+    yield _row(
+        "Disk of the run", f"{_size(plan.disk_bytes)}: {kept} checkpoint{'' if kept == 1 else 's'} kept, one being written, the export"
+    )
 
 
 def _verdict(plan: Plan, ways: Sequence[WayOut]) -> Iterator[str]:
@@ -119,7 +121,7 @@ def _verdict(plan: Plan, ways: Sequence[WayOut]) -> Iterator[str]:
         return
     name, gpu = plan.gpu
     peak, usable = plan.memory.peak, plan.usable
-    of = f"of the {_size(usable)} that tensors get of a {name}'s {gpu.memory_gib:g} GiB"
+    of = f"of the {_size(usable)} that tensors get of {'an' if name[0] in 'aeiou' else 'a'} {name}'s {gpu.memory_gib:g} GiB"
     if plan.fits:
         yield f"FITS: {_size(peak)} {of}; {max(1, round(100 * peak / usable))}% is used."
         return

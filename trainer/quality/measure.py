@@ -23,7 +23,7 @@ from trainer.quality.perceptual import COMPARED_IMAGES, distances
 from trainer.quality.rows import batches_of_rank, gather_rows, on_ranks
 from trainer.quality.statistics import Reference, cached
 from trainer.quality.timing import time_batches
-from trainer.sample import draw_share, png
+from trainer.sample import Told, draw_share, png
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ def draw(entry: Entry, measure: Measure) -> Drawn:
     compared = min(measure.images, COMPARED_IMAGES)
     features, embeddings, classes, first = [], [], [], []
     seconds, count = 0.0, 0
-    for batch in batches_of_rank(measure.images, measure.batch_size):
+    batches = list(batches_of_rank(measure.images, measure.batch_size))
+    told = Told(entry.steps * len(batches))
+    for batch in batches:
         started = time.perf_counter()
         drawn = draw_share(
             predict,
@@ -110,6 +112,7 @@ def draw(entry: Entry, measure: Measure) -> Drawn:
             sampler=entry.sampler,
             batch_size=measure.batch_size,
             device=device,
+            on_step=told,
         )
         seconds += time.perf_counter() - started
         count += len(batch)

@@ -53,7 +53,8 @@ def test_shards_that_are_not_there_ask_for_the_size_of_their_images(tmp_path: Pa
     [([], 2), (["train.steps=20"], 1), (["checkpoint.keep_best=1"], 3), (["checkpoint.keep_every_steps=20", "train.steps=200"], 10)],
 )
 def test_checkpoints_on_the_disk_are_those_that_retention_keeps(changes: list[str], kept: int) -> None:
-    assert kept_checkpoints(_recipe(*changes)) == kept
+    recipe = _recipe(*changes)
+    assert kept_checkpoints(recipe, recipe.train.steps) == kept
 
 
 def test_what_draws_the_pictures_stands_beside_it_unless_it_encodes_the_data(tmp_path: Path) -> None:
