@@ -111,7 +111,9 @@ class ShardIndex:
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise ShardIndexError(f"{path}: there is no index; make the shards with `halfstep shards pack --out {root}`") from None
+            inside = sorted(str(found.parent) for found in root.glob(f"*/{INDEX_NAME}"))
+            mend = f"give {' or '.join(inside)}" if inside else f"make the shards with `halfstep shards pack --out {root}`"
+            raise ShardIndexError(f"{path}: there is no index; {mend}") from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ShardIndexError(f"{path}: not valid JSON ({error}); {_MEND}") from None
         return _parse(content, root, str(path))

@@ -25,6 +25,7 @@ from launch.arguments import (
     Source,
     Sweep,
     end,
+    evaluation_file,
     existing,
     existing_file,
     existing_source,
@@ -242,8 +243,19 @@ def sample(
 def evaluate(
     source: Source,
     reference: Annotated[Path, typer.Option(metavar="SHARDS", help="Shards of images that the model was not trained on.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.json", help="Where the table goes: a list of objects.")],
-    steps: Annotated[str | None, typer.Option(metavar="N,N,...", help="Step counts, such as 32,16,8. Default: the model's own.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Where the table goes: a list of objects. Default: SOURCE/evaluation.json of runs and chains."
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Step counts, such as 32,16,8. Default: the model's own; of a chain, its teacher's to its last student's.",
+        ),
+    ] = None,
     images: Annotated[int, typer.Option(min=2, metavar="K", help="Images per step count.")] = 512,
     seed: Annotated[
         int, typer.Option(min=0, metavar="S", help="Image i is drawn from seed S + i: seeds at least K apart share no image.")
@@ -267,7 +279,9 @@ def evaluate(
     previous: Annotated[
         bool, typer.Option("--previous", help="Of a chain: each student's own teacher, run in the student's steps, too.")
     ] = False,
-    measure_up_to: Annotated[int, typer.Option(min=1, metavar="N", help="Above so many steps measure only seconds.")] = 32,
+    measure_up_to: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of more steps only seconds are measured, on the eight images of the report.")
+    ] = 32,
     time_batches: Annotated[str | None, typer.Option(metavar="B,B,...", help="Time drawing by batches of these sizes, too.")] = None,
     training: Annotated[
         Path | None, typer.Option(metavar="SHARDS", help="Show the nearest of these training images: against memorisation.")
@@ -279,7 +293,7 @@ def evaluate(
     Frechet distance, KID, precision and recall, CMMD with CLIP, distance to the teacher on the same noise. Features of the
     reference are kept in evaluation_cache/ beside FILE.json.
 
-    Example:  halfstep evaluate runs/demo --reference runs/demo/reference --steps 8,4,2,1 --out quality.json
+    Example:  halfstep evaluate runs/demo --reference runs/demo/reference --steps 8,4,2,1
 
     Example:  halfstep evaluate runs/cifar --reference cifar --feature-net inception=pt_inception-2015-12-05-6726825d.pth --out fid.json"""
     options = {
@@ -287,7 +301,7 @@ def evaluate(
         "steps": step_counts(steps),
         "images": images,
         "seed": seed,
-        "out": str(out),
+        "out": str(out or evaluation_file(source)),
         "batch_size": batch,
         "feature_net": feature_net,
         "resize": resize,
@@ -480,7 +494,7 @@ def import_checkpoint(
 
 @app.command("make-tiny")
 def make_tiny(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="Which model, see below.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Which model, see above.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="The same kind and seed give the same bytes.")] = 0,
     vocabulary: Annotated[

@@ -69,6 +69,13 @@ def existing_source(source: Path) -> Path:
     return source if is_hub_id(str(source)) else existing(source)
 
 
+def evaluation_file(source: Path) -> Path:
+    """Where what is measured of a run or a chain goes, and a report looks for it. Raises: ValueError for what others have written."""
+    if (source / "recipe.yaml").exists() and not (source / "model_index.json").exists():
+        return source / "evaluation.json"
+    raise ValueError(f"{source}: is no run's and no chain's directory, so nothing is written there; give --out FILE.json")
+
+
 def existing_file(file: Path) -> Path:
     """The file itself. Raises: ValueError if it is not there."""
     if not file.is_file():

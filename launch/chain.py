@@ -1,8 +1,9 @@
 """A chain of halvings as folders: chain.json, and a frozen recipe for each stage."""
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, final
@@ -47,8 +48,7 @@ def with_teacher(config: RunConfig, teacher: str | Path) -> RunConfig:
         given = getattr(config, section)
         if section in config.model_fields_set and not _agree(given, theirs):
             raise ValueError(
-                f"{section} is {given}, but the teacher {teacher} was trained with {theirs}; "
-                f"leave {section} out of the recipe to take the teacher's"
+                f"{', '.join(_differing(section, given, theirs))} the teacher {teacher} has; give {section}=null to take the teacher's"
             )
     merged = config.model_copy(update={**taken, "objective": recipe.objective})
     merged.check()
@@ -81,6 +81,14 @@ def _agree(given: Section, theirs: Section) -> bool:
         bases = [os.path.abspath(model.base) if os.path.isdir(model.base) else model.base for model in (given, theirs)]
         return bases[0] == bases[1] and given.revision in (None, theirs.revision) and given.dropout in (None, theirs.dropout)
     return given == theirs or isinstance(given, BaseNoiseSchedule)
+
+
+def _differing(section: str, given: Section, theirs: Section) -> Iterator[str]:
+    """What a section of the recipe says otherwise than its teacher's, key by key; of another kind the kind alone."""
+    ours, its = (values.model_dump(mode="json") for values in (given, theirs))
+    keys = ["kind"] if ours.get("kind") != its.get("kind") else [key for key in ours if ours[key] != its[key]]
+    for key in keys:
+        yield f"{section}.{key} is {json.dumps(ours[key])} in the recipe, not {json.dumps(its[key])} as"
 
 
 def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path | Sequence[Path]) -> None:

@@ -64,7 +64,8 @@ def _file(path: Path, text: str) -> Iterator[str]:
 def _commands(job: Job, config: RunConfig, machines: ClusterConfig) -> Iterator[str]:
     match machines:
         case LocalCluster():
-            yield f"{shlex.join(job.command(sys.executable))}   # {machines.ranks} times, RANK=0 to {machines.ranks - 1}"
+            times = "" if machines.ranks == 1 else f"   # {machines.ranks} times, RANK=0 to {machines.ranks - 1}"
+            yield f"{shlex.join(job.command(sys.executable))}{times}"
         case SlurmCluster():
             from launch.slurm import plan
 

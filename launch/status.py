@@ -76,7 +76,9 @@ def _statuses(path: Path, queue: Mapping[Path, Queued]) -> list[Status]:
     stages = [stage.run_dir for stage in read_chain(path) if stage.trained_here]
     at = next((stage for stage in stages if not is_done(stage)), None)  # a job of the whole chain is at this one
     return [
-        run_status(stage, ended=_ended(stage) or ended, job=queue.get(stage) or (queue.get(path) if stage == at else None))
+        run_status(
+            stage, ended=_ended(stage) or (ended if stage == at else ""), job=queue.get(stage) or (queue.get(path) if stage == at else None)
+        )
         for stage in stages
     ]
 

@@ -151,8 +151,9 @@ def config_path(name_or_path: str, *, folder: str) -> Path:
     noun = folder.removesuffix("s")
     near = difflib.get_close_matches(path.stem, files, 1, 0.4)
     hint = f" - did you mean '{near[0]}'?" if near else ""
+    hint += " (halfstep recipes lists them)" if near and folder == "recipes" else f" (shipped: {', '.join(files)})"
     problem = "is a directory" if path.is_dir() else f"no such {noun} file, nor a shipped {noun} of that name"
-    raise ValueError(f"{name_or_path}: {problem}{hint} (shipped: {', '.join(files)})")
+    raise ValueError(f"{name_or_path}: {problem}{hint}")
 
 
 def _read(kind: type[Section], path: Path, prefix: str, others: Sequence[type[Section]] = ()) -> _Raw:
@@ -190,7 +191,22 @@ def _apply(kind: type[Section], raw: _Raw, overrides: Sequence[str]) -> None:
         except YamlError as error:
             raw.mistakes.append(Mistake(_COMMAND_LINE, number, key, str(error)))
     for number, path, value in sorted(parsed, key=lambda item: item[1][-1] != "kind"):
+        if value is None and len(path) == 1 and _has_default_section(kind, path[0]):
+            _forget(raw, path)
+            continue
         _set(kind, raw, path, value, (_COMMAND_LINE, number))
+
+
+def _has_default_section(kind: type[Section], name: str) -> bool:
+    """Whether a name is of a section that is there even where nobody writes it: null puts it back to that."""
+    about = kind.model_fields.get(name)
+    return about is not None and isinstance(about.get_default(call_default_factory=True), Section)
+
+
+def _forget(raw: _Raw, path: tuple[str, ...]) -> None:
+    raw.tree.pop(path[0], None)
+    for known in [known for known in raw.places if known[:1] == path]:
+        del raw.places[known]
 
 
 def _set(kind: type[Section], raw: _Raw, path: tuple[str, ...], value: Plain, place: tuple[str, int]) -> None:

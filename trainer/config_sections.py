@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -518,7 +518,7 @@ class DistillConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _sampler_follows_target(cls, section: object) -> object:
-        if isinstance(section, dict) and "target" in section:
+        if isinstance(section, dict) and section.get("target") in get_args(Sampler):  # a wrong word is one mistake, not two
             return {"sampler": section["target"], **section}
         return section
 

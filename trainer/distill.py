@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 def distill_job(path: Path, options: Options, stop: StopRequest, watch: Watch) -> int:
     """Run the stages that the chain in `path` trains, in order; a finished one takes no time. Returns the exit code. Collective."""
-    for stage in read_chain(path):
+    stages = read_chain(path)
+    for stage in stages:
         if not stage.trained_here:
             continue
         code = train(
@@ -24,4 +25,5 @@ def distill_job(path: Path, options: Options, stop: StopRequest, watch: Watch) -
         if code != DONE:
             return code
         logger.info("%s is done: %d steps", stage.name, stage.steps)
+    logger.info("%s: all are done; draw with the last one: halfstep sample %s --steps %d", path, path, stages[-1].steps)
     return DONE

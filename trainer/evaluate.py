@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_shards import ranks
+from data_shards.files import read_json_object
 from data_shards.index import ShardIndex
 from trainer.evaluation import EvaluationRow, read_rows, write_rows
 from trainer.feature_net import UPDATES
@@ -49,6 +50,9 @@ def evaluate_job(path: Path, options: Options) -> int:
             f"{path} draws images of {models.image_size} px, {index.root} holds such of {index.image_size} px; "
             f"pack a reference with --size {models.image_size}"
         )
+    if flag(options, "previous") and not models.students:
+        raise ValueError(f"--previous: {path} is no chain, whose students have teachers; leave --previous out")
+    _warn_of_training_images(path, index)
     todo = models.entries(_integers(options, "steps") or models.step_counts())
     training, side = optional_text(options, "training"), models.image_size
     training_index = ShardIndex.load(training) if training else None
@@ -130,6 +134,19 @@ def _models(path: Path, options: Options) -> Models:
     if source.descriptor.image_size != models.image_size:
         raise ValueError(f"--teacher {teacher} draws images of {source.descriptor.image_size} px, {path} such of {models.image_size} px")
     return replace(models, teacher=source)
+
+
+def _warn_of_training_images(path: Path, reference: ShardIndex) -> None:
+    """Say so where the reference is what a run or chain was trained on."""
+    identity = read_json_object(path / "identity.json") if (path / "identity.json").is_file() else {}
+    trained_on = [value for name in ("data.shards sha256", "data.mixture sha256") for value in _as_list(identity.get(name))]
+    if reference.sha256 in trained_on and ranks.is_rank_0():
+        logger.warning("%s was trained on the images of --reference %s: being near to them is no merit", path, reference.root)
+
+
+def _as_list(value: object) -> list[object]:
+    """A list as it is, another value as a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def _reference_index(options: Options) -> ShardIndex:

@@ -130,7 +130,7 @@ class Reporter:
         assert writer is not None, "the writer has just been opened"
         for summary in hparams(values, {"train/loss": 0.0}):
             writer.add_summary(summary)
-        self.progress = _Bar(title, start_step, total_steps) if sys.stderr.isatty() else _PlainLines(title, start_step, total_steps)
+        self.progress = _Bar(title, start_step, total_steps) if sys.stderr.isatty() else _PlainLines(title, total_steps)
         (run_dir / "samples").mkdir(exist_ok=True)
 
     def write_step(self, metrics: StepMetrics) -> None:
@@ -230,9 +230,9 @@ def cut_ledgers(run_dir: Path, *, before_step: int) -> None:
 class _PlainLines:
     """A line every few seconds, for logs."""
 
-    def __init__(self, title: str, start_step: int, total_steps: int) -> None:
-        self.title, self.start_step, self.total_steps = title, start_step, total_steps
-        self.started = time.monotonic()
+    def __init__(self, title: str, total_steps: int) -> None:
+        self.title, self.total_steps = title, total_steps
+        self.first: tuple[int, float] | None = None  # the first step is no measure of the others
         self.last_shown = 0.0
 
     def show(self, metrics: StepMetrics) -> None:
@@ -241,10 +241,12 @@ class _PlainLines:
         if now - self.last_shown < _PLAIN_LINE_SECONDS and done != self.total_steps:
             return
         self.last_shown = now
-        left = (self.total_steps - done) * (now - self.started) / max(1, done - self.start_step)
+        self.first = self.first or (done, now)
+        taken = done - self.first[0]
+        left = f"  ETA {_clock((self.total_steps - done) * (now - self.first[1]) / taken)}" if taken else ""
         sys.stderr.write(
             f"{self.title}: step {done}/{self.total_steps}  loss {metrics.loss:.4f}  {metrics.images_per_second:.0f} images/s  "
-            f"data wait {100 * metrics.data_wait_seconds / metrics.step_seconds:.0f}%{_mfu_text(metrics)}  ETA {_clock(left)}\n"
+            f"data wait {100 * metrics.data_wait_seconds / metrics.step_seconds:.0f}%{_mfu_text(metrics)}{left}\n"
         )
         sys.stderr.flush()
 

@@ -172,7 +172,7 @@ def _finished(out: Path, wanted: dict[str, object]) -> ShardIndex | None:
     how = {name: value for name, value in index.pack.items() if name != "dropped"}
     found = {"source": index.source, "image_size": index.image_size, "pack": how}
     if canonical_sha256(found) != canonical_sha256(wanted):
-        raise ValueError(f"{out} holds other shards ({_difference(found, wanted)}); give another --out, or remove that folder")
+        raise ValueError(f"{out} holds other shards ({_difference(found, wanted)}); remove that folder, or give another one")
     for shard in index.shards:
         path = out / shard.name
         if not path.is_file() or path.stat().st_size != shard.size_bytes:
@@ -192,7 +192,7 @@ def _start(out: Path, wanted: dict[str, object]) -> None:
             replace_file(note, json.dumps(wanted, sort_keys=True, indent=1).encode())
         elif canonical_sha256(found) != canonical_sha256(wanted):
             raise ValueError(
-                f"{out} holds the beginning of another pack ({_difference(found, wanted)}); give another --out, or remove that folder"
+                f"{out} holds the beginning of another pack ({_difference(found, wanted)}); remove that folder, or give another one"
             )
     else:
         strangers = sorted(path.name for path in out.iterdir() if path.name != PARTIAL_NAME)

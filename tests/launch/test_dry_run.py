@@ -83,6 +83,12 @@ def test_a_local_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert nothing_was_written(here)
 
 
+def test_one_rank_is_one_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start_train("recipe.yaml", [], How(Path("run"), ranks=1, dry_run=True)) == 0
+    [command] = shown(capsys).commands["commands"]
+    assert command.endswith(" -m launch.worker train run '{\"allow_fresh\": false}'")
+
+
 def test_a_slurm_run_is_one_job(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = How(Path("a run"), cluster="cluster.yaml", dry_run=True, allow_fresh=True)
     assert start_train("recipe.yaml", ["cluster.container=apptainer exec x.sif"], how) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.ends import End, record_end
 from launch.status import print_status, run_status
 from launch.submitted import Submission, record_submission
 from launch.sweep import write_sweep
@@ -278,6 +279,15 @@ def test_a_chain_of_stage_jobs_says_what_each_waits_for(chain: Path, slurm: Slur
     ]
     fields = as_json(chain, capsys)
     assert (fields["state"], fields["step"], fields["total_steps"], fields["job_ids"]) == ("running", 10, 30, ["17", "18", "19"])
+
+
+def test_the_end_of_a_chain_is_that_of_the_stage_it_was_at(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_end(chain, End(75, "asked to stop"))
+    assert as_lines(chain, capsys) == [
+        "PATH/stage_00: done, step 10/10",
+        "PATH/stage_01: stopped, step 0/10, last end: 75 asked to stop",
+        "PATH/stage_02: waiting, step 0/10",
+    ]
 
 
 def test_a_chain_asks_a_dead_queue_once(chain: Path, slurm: SlurmOnPath, capsys: pytest.CaptureFixture[str]) -> None:

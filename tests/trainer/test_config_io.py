@@ -130,6 +130,15 @@ def test_the_students_of_a_chain_halve_the_steps(tmp_path: Path) -> None:
     assert config.distill and student_counts(config.distill) == (32, 16, 8, 4)
 
 
+def test_null_puts_a_section_back_to_its_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {shards: x}\nmodel: {kind: ddpm, base: a/b}\ntrain: {steps: 5}\n")
+    recipe = load_recipe(path, ["model=null"])
+    assert recipe.model == load_recipe(write(tmp_path, "data: {shards: x}\ntrain: {steps: 5}\n")).model
+    assert "model" not in recipe.model_fields_set
+    with pytest.raises(RecipeErrors, match="no images to train on"):
+        load_recipe(path, ["data=null"])
+
+
 def test_the_sampler_of_a_chain_follows_its_target_unless_given(tmp_path: Path) -> None:
     path = write(tmp_path, LEAST)
     chains = [
@@ -260,9 +269,11 @@ def test_a_style_with_attribution_is_refused_until_agreed_to(tmp_path: Path) -> 
     assert load_recipe(path, ["data.faces.allow_attribution=true"]).data.faces
 
 
-def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(ValueError, match=r"smok: no such recipe file.*did you mean 'smoke'\? \(shipped: .*demo, .*faces_64px, .*smoke"):
+def test_an_unknown_recipe_names_the_nearest_or_lists_the_shipped_ones() -> None:
+    with pytest.raises(ValueError, match=r"smok: no such recipe file.*did you mean 'smoke'\? \(halfstep recipes lists them\)$"):
         recipe_path("smok")
+    with pytest.raises(ValueError, match=r"qqq: no such recipe file.* name \(shipped: .*demo, .*faces_64px, .*smoke"):
+        recipe_path("qqq")
 
 
 def test_bytes_that_are_not_text_are_one_message(tmp_path: Path) -> None:

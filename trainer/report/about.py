@@ -60,6 +60,10 @@ def stage_title(recipe: RunConfig) -> str:
             return "Fine-tuning" if base_of(recipe) else "Training"
 
 
+DATA_SHA256 = "data.shards sha256"
+"""Of the index, among a run's settings: the same images in another folder are the same."""
+
+
 def base_of(recipe: RunConfig) -> str:
     """The model that a recipe fine-tunes; empty for one that starts from random weights."""
     model = recipe.model.model_dump()
@@ -67,8 +71,9 @@ def base_of(recipe: RunConfig) -> str:
     return next((value for value in found if isinstance(value, str) and value), "")
 
 
-def settings_of(recipe: RunConfig) -> dict[str, str]:
+def settings_of(directory: Path) -> dict[str, str]:
     """The recipe as dotted keys and short texts: its identity and, by their last two folders, its data, base and length."""
+    recipe = load_recipe(directory / "recipe.yaml", ())
     named = {
         "train.steps": recipe.train.steps,
         "data.shards": _place(recipe.data.shards),
@@ -77,7 +82,12 @@ def settings_of(recipe: RunConfig) -> dict[str, str]:
         "model.base": _place(base_of(recipe)),
     }
     # where a teacher lies, and the seeds that a chain gives its stages, say nothing by themselves
-    values = {key: value for key, value in identity(recipe).items() if key not in ("objective.teacher", "distill.teacher")}
+    silent = ("objective.teacher", "distill.teacher")
+    halves = (directory / "chain.json").exists()  # a run's recipe may have the section, too
+    values = {key: value for key, value in identity(recipe).items() if key not in silent and (halves or not key.startswith("distill."))}
+    record = directory / "identity.json"
+    if record.exists() and isinstance(sha256 := read_json_object(record).get(DATA_SHA256), str):
+        values[DATA_SHA256] = sha256
     return {key: _text(value) for key, value in {**values, **named}.items()}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import isfinite
 
+from trainer.report.about import DATA_SHA256
 from trainer.report.curves import final_loss, steps_done
 from trainer.report.evaluated import has_quality, measured_alike, own_rows
 from trainer.report.html import duration, heads, steps_text, table
@@ -59,7 +60,9 @@ def differing_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
     """Recipe keys whose values are not the same in all recipes; a recipe that could not be read does not count."""
     known = [each for each in settings if each]
     names = dict.fromkeys(key for each in known for key in each)
-    return [key for key in names if len({each.get(key) for each in known}) > 1]
+    keys = [key for key in names if len({each.get(key) for each in known}) > 1]
+    same_data = DATA_SHA256 in names and DATA_SHA256 not in keys
+    return [key for key in keys if key != DATA_SHA256 and not (same_data and key == "data.shards")]
 
 
 def _measured(subjects: Sequence[Subject]) -> tuple[dict[str, Measured], int | None, str]:
@@ -67,7 +70,7 @@ def _measured(subjects: Sequence[Subject]) -> tuple[dict[str, Measured], int | N
     rows = {subject.name: [row for row in own_rows(subject.measured) if has_quality(row)] for subject in subjects}
     everything = [row for found in rows.values() for row in found]
     if not everything:
-        return {}, None, "Quality was not measured: `halfstep evaluate DIR --reference SHARDS --out DIR/evaluation.json` does it."
+        return {}, None, "Quality was not measured: `halfstep evaluate DIR --reference SHARDS` does it."
     if len(measured_alike(everything)) > 1:
         return {}, None, "Quality is not shown here: the runs were measured in different ways."
     counts = Counter(row.steps for row in everything)

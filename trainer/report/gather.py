@@ -40,7 +40,7 @@ def gather(directory: Path, *, name: str, pictures: tuple[PictureRow, ...] = ())
         progress=tuple(_sheet(path, _PROGRESS_PIXELS) for path in _spread(sheets)),
         latest=_sheet(sheets[-1], _SHEET_PIXELS) if latent and sheets else None,
         neighbours=_neighbours(directory, measured),
-        settings=settings_of(load_recipe(recipe, ())) if recipe.exists() else {},
+        settings=settings_of(directory) if recipe.exists() else {},
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
         credits=credits_of(directory),
         notices=(notice,) if notice else (),

@@ -30,7 +30,8 @@ def make_tiny_job(path: Path, options: Options) -> int:
     if ranks.is_rank_0():
         make_tiny(kind, path, seed=integer(options, "seed", 0), vocabulary=vocabulary)
         size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        logger.info("%s: a tiny random %s, %.1f MB, vocabulary %s", path, kind, size_bytes / 1e6, vocabulary)
+        reads = f", vocabulary {vocabulary}" if any(path.rglob("tokenizer*")) else ""
+        logger.info("%s: a tiny random %s, %.1f MB%s", path, kind, size_bytes / 1e6, reads)
     return 0
 
 

@@ -21,6 +21,13 @@ def test_only_keys_that_differ_are_told() -> None:
     assert differing_keys([{"a": "1"}]) == []
 
 
+def test_the_same_images_in_another_folder_do_not_differ() -> None:
+    here, there = ({"data.shards": place, "data.shards sha256": "0123"} for place in ("here", "there"))
+    assert differing_keys([here, there]) == []
+    assert differing_keys([here, {**there, "data.shards sha256": "4567"}]) == ["data.shards"]
+    assert differing_keys([here, {"data.shards": "there"}]) == ["data.shards"]
+
+
 def test_the_best_loss_is_marked_only_where_losses_mean_the_same() -> None:
     subjects = [
         Subject("one", "", stages=(stage(losses=(1.0, 1.0)),), settings={"optim.learning_rate": "1", "objective.prediction": "v"}),
