@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -442,32 +442,32 @@ def doctor(
     end(run_doctor(as_json=as_json, cluster=cluster, online=online))
 
 
-_AS_PUBLISHED = " Default: as the published model of that size has it."
-
-
 @app.command("import-checkpoint")
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint that another program wrote, such as model.pt.")],
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors|DIR", help="The new file; with --as the new folder.")],
     family: Annotated[
         str | None,
-        typer.Option("--as", metavar="FAMILY", help="A known U-Net, as a pipeline's folder: pesser, guided-diffusion, improved-diffusion."),
+        typer.Option(
+            "--as", metavar="FAMILY", help="A known U-Net, as a pipeline's folder: pesser, guided-diffusion or improved-diffusion."
+        ),
     ] = None,
     image_size: Annotated[int | None, typer.Option(metavar="N", help="Pixels a side. Default: by the U-Net's levels.")] = None,
-    noise_schedule: Annotated[str | None, typer.Option(metavar="NAME", help="linear or cosine." + _AS_PUBLISHED)] = None,
-    diffusion_steps: Annotated[int | None, typer.Option(metavar="N", help="Noise levels in training." + _AS_PUBLISHED)] = None,
-    heads: Annotated[int | None, typer.Option(metavar="N", help="Of attention, on every level." + _AS_PUBLISHED)] = None,
-    head_channels: Annotated[int | None, typer.Option(metavar="N", help="Instead of --heads: channels a head." + _AS_PUBLISHED)] = None,
-    attention_order: Annotated[str | None, typer.Option(metavar="NAME", help="legacy or new." + _AS_PUBLISHED)] = None,
+    noise_schedule: Annotated[str | None, typer.Option(metavar="NAME", help="linear or cosine.")] = None,
+    diffusion_steps: Annotated[int | None, typer.Option(metavar="N", help="Noise levels in training.")] = None,
+    heads: Annotated[int | None, typer.Option(metavar="N", help="Of attention, on every level.")] = None,
+    head_channels: Annotated[int | None, typer.Option(metavar="N", help="Instead of --heads: channels a head.")] = None,
+    attention_order: Annotated[str | None, typer.Option(metavar="NAME", help="legacy or new.")] = None,
     rescale_timesteps: Annotated[
-        bool | None,
-        typer.Option("--rescale-timesteps/--no-rescale-timesteps", help="Whether times were scaled to 0 ... 1000." + _AS_PUBLISHED),
+        Literal["yes", "no"] | None, typer.Option(metavar="yes|no", help="Whether times were scaled to 0 ... 1000.")
     ] = None,
     prediction: Annotated[str | None, typer.Option(metavar="NAME", help="eps, or x_0 (predict_xstart). Default: eps.")] = None,
-    variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large." + _AS_PUBLISHED)] = None,
+    variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large.")] = None,
     eps_only: Annotated[bool, typer.Option("--eps-only", help="Leave a learned variance out, to train and halve the model.")] = False,
 ) -> None:
     """Turn another program's checkpoint into safetensors, or a known U-Net into a diffusers pipeline; nothing in it is run.
+
+    With --as, what is not said of the model is taken as the published one of that size has it.
 
     Example:  halfstep import-checkpoint model.pt --out model.safetensors
 
@@ -483,7 +483,7 @@ def import_checkpoint(
         "heads": heads,
         "head_channels": head_channels,
         "attention_order": attention_order,
-        "rescale_timesteps": rescale_timesteps,
+        "rescale_timesteps": None if rescale_timesteps is None else rescale_timesteps == "yes",
         "prediction": prediction,
         "variance": variance,
         "eps_only": eps_only or None,

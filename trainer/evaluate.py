@@ -50,7 +50,7 @@ def evaluate_job(path: Path, options: Options) -> int:
             f"{path} draws images of {models.image_size} px, {index.root} holds such of {index.image_size} px; "
             f"pack a reference with --size {models.image_size}"
         )
-    if flag(options, "previous") and not models.students:
+    if flag(options, "previous") and not (path / "chain.json").exists():
         raise ValueError(f"--previous: {path} is no chain, whose students have teachers; leave --previous out")
     _warn_of_training_images(path, index)
     todo = models.entries(_integers(options, "steps") or models.step_counts())

@@ -1,6 +1,7 @@
 """The index is read strictly: whatever was changed in it is named, with the way to mend it."""
 
 import json
+import re
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,11 @@ def test_the_index_says_what_was_packed(packed: Path) -> None:
 def test_a_missing_index_names_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(ShardIndexError, match="halfstep shards pack --out"):
         ShardIndex.load(tmp_path)
+
+
+def test_a_folder_above_an_index_is_told_where_it_is(packed: Path) -> None:
+    with pytest.raises(ShardIndexError, match=rf"there is no index; give .*{re.escape(str(packed))}"):
+        ShardIndex.load(packed.parent)
 
 
 def test_an_index_that_is_cut_is_not_json(damaged: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.arguments import evaluation_file
 from trainer.config_io import shipped
 
 LEAST = "data: {shards: shards}\ntrain: {steps: 100}\n"
@@ -190,3 +191,11 @@ def test_shards_are_packed_described_and_verified(halfstep: Callable[..., Ran], 
     tar.write_bytes(content)
     damaged = halfstep("shards", "verify", "s")
     assert damaged.code == 2 and tar.name in damaged.err
+
+
+def test_an_evaluation_goes_where_a_report_looks_for_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    assert evaluation_file(tmp_path) == tmp_path / "evaluation.json"
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(ValueError, match=r"is no run's and no chain's directory.* --out FILE\.json"):
+        evaluation_file(tmp_path)

@@ -130,7 +130,7 @@ def test_an_export_of_another_average_and_an_import_are_jobs(jobs: list[Job], tm
     run(lambda: command_line.import_checkpoint(Path("model.pt"), out=Path("model.safetensors")))
     run(
         lambda: command_line.import_checkpoint(
-            Path("model.pt"), out=Path("m"), family="guided-diffusion", heads=1, rescale_timesteps=False, eps_only=True
+            Path("model.pt"), out=Path("m"), family="guided-diffusion", heads=1, rescale_timesteps="no", eps_only=True
         )
     )
     assert jobs == [

@@ -247,3 +247,15 @@ def test_bad_requests_are_refused_before_anything_is_written(chain: Path, option
         with pytest.raises(ValueError, match=message):
             evaluate_job(chain, {**options, **change})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_that_was_trained_on_is_said(chain: Path, options: Options, faces: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = {"data.mixture sha256": ["0123", ShardIndex.load(faces).sha256]}
+    (chain / "identity.json").write_text(json.dumps(known))
+    evaluate_job(chain, {**options, "steps": [1]})
+    assert f"{chain} was trained on the images of --reference {faces}" in caplog.text
+
+
+def test_a_single_student_has_no_students_before_it(chain: Path, options: Options) -> None:
+    with pytest.raises(ValueError, match=r"--previous: .* is no chain"):
+        evaluate_job(chain / "student_1", {**options, "steps": None, "previous": True})

@@ -135,7 +135,7 @@ def test_a_model_of_pixels_is_told_nothing(write_run: WriteRun, tmp_path: Path) 
     run_dir = write_run(tmp_path / "run", student_steps=2)
     for options, message in (
         ({"prompts": ["a woman"]}, "--prompt: this model draws images of one kind and reads no text"),
-        ({"size": "64"}, "--size: this model draws images of one kind"),
+        ({"size": "64"}, "--size: this model draws images of the size that it was trained on"),
         ({"lora_scale": 0.5}, "--lora-scale: this model draws images of one kind with nothing beside it"),
     ):
         with pytest.raises(ValueError, match=message):

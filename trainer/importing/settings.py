@@ -99,7 +99,7 @@ def settle(family: Family, given: Given, *, image_size: int, learned_variance: b
     if settings.rescale_timesteps and settings.diffusion_steps % BASE_STEPS:
         raise ValueError(
             f"--diffusion-steps {settings.diffusion_steps}: of times that were rescaled to {BASE_STEPS}, only a multiple of {BASE_STEPS} "
-            "can be a stock pipeline; if they were not: --no-rescale-timesteps"
+            "can be a stock pipeline; if they were not: --rescale-timesteps no"
         )
     if settings.noise_schedule == "linear" and settings.diffusion_steps < FEWEST_LINEAR:
         raise ValueError(

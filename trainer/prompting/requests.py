@@ -101,12 +101,13 @@ def refuse_prompts(asked: Asked) -> None:
         "--negative-prompt": asked.negative_prompt is not None,
         "--guidance": asked.guidance_scale is not None,
         "--guidance-rescale": asked.guidance_rescale != 0.0,
-        "--size": asked.size is not None,
         "--image": asked.image is not None,
         "--mask": asked.mask is not None,
         "--decoder-guidance": asked.decoder_guidance_scale is not None,
         "--decoder-steps": asked.decoder_steps is not None,
     }
+    if asked.size is not None:
+        raise ValueError("--size: this model draws images of the size that it was trained on; leave --size out")
     for option, is_given in given.items():
         if is_given:
             raise ValueError(f"{option}: this model draws images of one kind and reads no text; leave {option} out")

@@ -166,7 +166,7 @@ def test_times_that_were_not_rescaled_keep_their_number() -> None:
         assert (model.unet(x, torch.tensor([3, 3999])).sample - wanted).abs().max() < 1e-5
     scheduler = build_scheduler(model.settings, family="improved-diffusion", learned_variance=True)
     assert scheduler.config["num_train_timesteps"] == 4000 and scheduler.config["beta_end"] == pytest.approx(0.005)
-    with pytest.raises(ValueError, match=r"--diffusion-steps 500: of times that were rescaled .* --no-rescale-timesteps"):
+    with pytest.raises(ValueError, match=r"--diffusion-steps 500: of times that were rescaled .* --rescale-timesteps no"):
         read_openai(weights.tensors, {"image_size": 16, "diffusion_steps": 500}, family="improved-diffusion")
 
 
