@@ -37,6 +37,8 @@ def show_log(run_dir: Path, *, rank: int | None, lines: int, follow: bool) -> in
     content = path.read_bytes() if path.exists() else b""
     sys.stdout.write(b"".join(content.splitlines(keepends=True)[-lines:]).decode(errors="replace"))
     sys.stdout.flush()
+    if not content and not follow:
+        sys.stderr.write(f"{path}: empty; a local run tells its progress to its terminal, and to halfstep status {run_dir}\n")
     if follow:
         tail(path, lambda: is_over(run_dir, own.submission) if own else not is_running(run_dir), position=len(content))
     return 0
