@@ -18,6 +18,7 @@ from launch.models import check_models, is_hub_id, teacher_place, with_models
 from launch.run_dir import freeze, write_surroundings
 from launch.run_lock import locked
 from launch.sweep import is_sweep
+from trainer.chain import read_chain
 from trainer.config import DataConfig, DistillConfig, RunConfig
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
@@ -55,12 +56,10 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
     if how.dry_run:
         sys.stdout.write(dry_run_text(Job("train", folder, options), config, machines))
         return DONE
-    for chain in (folder, folder.parent):
-        if (chain / "chain.json").exists():
-            raise ValueError(
-                f"{folder}: holds {'a chain of halvings' if chain == folder else f'a stage of {chain}'}; go on with "
-                f"`halfstep distill`, or give another --run-dir"
-            )
+    if (folder / "chain.json").exists():
+        raise ValueError(f"{folder}: holds a chain of halvings; go on with `halfstep distill`, or give another --run-dir")
+    if (folder.parent / "chain.json").exists() and folder.name in (stage.name for stage in read_chain(folder.parent)):
+        raise ValueError(f"{folder}: is a stage of a chain; go on with `halfstep distill {folder.parent}/recipe.yaml`")
     if is_sweep(folder):
         raise ValueError(f"{folder}: holds a sweep; go on with the same --sweep, or give another --run-dir")
     if is_queued(folder, machines, how):

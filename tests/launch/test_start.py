@@ -372,3 +372,11 @@ def test_the_recipe_in_a_run_dir_goes_on_there_with_the_data_beside_it(
     assert [job.path for job in jobs] == [Path("runs/first"), Path("runs/first"), Path("other/second"), Path("first")]
     assert Path("first/recipe.yaml").read_text() == first
     assert f"shards: {Path('first/shards').resolve()}\n" in Path("../other/second/recipe.yaml").read_text()
+
+
+def test_a_stage_is_not_trained_alone(jobs: list[Job]) -> None:
+    assert start_distill("recipe.yaml", ["distill={start_steps: 4, end_steps: 2, updates: 1}"], How(run_dir=Path("chain"))) == DONE
+    with pytest.raises(ValueError, match=r"is a stage of a chain; go on with `halfstep distill chain/recipe\.yaml`"):
+        start_train("chain/stage_01_0002_steps/recipe.yaml", [], How())
+    assert start_distill("chain/recipe.yaml", [], How()) == DONE
+    assert [job.path for job in jobs] == [Path("chain"), Path("chain")]
