@@ -166,7 +166,7 @@ def test_a_finished_pack_is_returned_as_it_is(damaged: Path) -> None:
 
 def test_another_pack_in_the_same_folder_is_refused_with_the_difference(damaged: Path) -> None:
     before = packed_bytes(damaged)
-    with pytest.raises(ValueError, match=r"image_size is 16, wanted 24, pack.seed is 0, wanted 5.*another --out"):
+    with pytest.raises(ValueError, match=r"image_size is 16, wanted 24, pack.seed is 0, wanted 5.*remove that folder"):
         pack(FACES, damaged, size=24, samples_per_shard=12, seed=5)
     assert packed_bytes(damaged) == before
 

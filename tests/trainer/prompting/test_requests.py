@@ -98,9 +98,11 @@ def test_images_and_masks_that_do_not_fit_are_refused(files: dict[str, Path], gi
 
 def test_a_model_of_pixels_refuses_prompts() -> None:
     refuse_prompts(Asked(images=3, seed=4, steps=5))
-    for name, option in {"prompts": "--prompt", "guidance_scale": "--guidance", "mask": "--mask", "size": "--size"}.items():
+    for name, option in {"prompts": "--prompt", "guidance_scale": "--guidance", "mask": "--mask"}.items():
         with pytest.raises(ValueError, match=f"^{option}: this model .*reads no text"):
             refuse_prompts(replace(Asked(), **{name: ("a",)}))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^--size: this model draws images of the size that it was trained on"):
+        refuse_prompts(Asked(size="64"))
 
 
 def test_one_prompt_is_written_as_a_grid_several_as_a_sheet(tmp_path: Path) -> None:
