@@ -76,9 +76,14 @@ def beside(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _round_values(low: float, high: float) -> list[float]:
-    """1, 1.5, 2, 3, 5 and 7 times powers of ten in between."""
+    """1, 1.5, 2, 3, 5 and 7 times powers of ten in between; where those are fewer than three, multiples of 1, 2 or 5 times one."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [value for decade in decades for step in (1, 1.5, 2, 3, 5, 7) if low <= (value := step * 10.0**decade) <= high]
+    values = [value for decade in decades for step in (1, 1.5, 2, 3, 5, 7) if low <= (value := step * 10.0**decade) <= high]
+    if len(values) >= 3:
+        return values
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= (high - low) / 3)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _stroke(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: str, *, dashed: bool) -> None:
