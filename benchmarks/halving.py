@@ -8,7 +8,9 @@ https://github.com/Hramchenko/diffusion_distiller (--hramchenko PATH), unchanged
 draws its times and noise without a record. The plain loop is what a tutorial would write.
 
 `equal`: fp32, contiguous memory, all of them. `best`: each side's best documented settings: ours and the plain loop's in bf16 (and
-channels_last where that is faster); Hramchenko's casts to fp32 by itself and documents no other precision."""
+channels_last where that is faster); Hramchenko's casts to fp32 by itself and documents no other precision.
+
+--options: instead, what each option that changes the step costs, against ours in bf16; a ratio above 1 is faster than without it."""
 
 import argparse
 import importlib
@@ -18,9 +20,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -49,19 +51,33 @@ Turn = Callable[[int], list[float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides of a comparison compute in."""
+    """What both sides of a comparison compute in. changes: of ours, sections of the recipe besides. graph: of the plain loop, whether
+    autograd keeps the teacher's forwards."""
 
     precision: str
-    memory_format: str
+    memory_format: str = "contiguous"
+    changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    graph: bool = False
 
 
-EQUAL = Setting("fp32", "contiguous")
+EQUAL = Setting("fp32")
+OPTIONS = {
+    "bf16": Setting("bf16"),
+    "fp32": Setting("fp32"),
+    "teacher_fp32": Setting("bf16", changes={"objective": {"teacher_precision": "fp32"}}),
+    "channels_last": Setting("bf16", "channels_last"),
+    "compiled": Setting("bf16", changes={"train": {"compile": True}}),
+    "feature_weight": Setting("bf16", changes={"objective": {"feature_weight": 0.1}}),
+    "target_clipped": Setting("bf16", changes={"objective": {"clip_target": True}}),
+}
+"""Of ours; the first is what the others are compared with."""
 
 
 def main() -> None:
     """Print one JSON line for each opponent and setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hramchenko", type=Path, help="a checkout of his diffusion_distiller; without it only the plain loop is run")
+    parser.add_argument("--options", action="store_true", help="what options of the step cost; compiling takes minutes")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats, about two minutes in all")
     parser.add_argument("--repeats", type=int, help="turns that each side gets (3 with --quick, else 12)")
     parser.add_argument("--updates", type=int, help="updates of a turn (3 with --quick, else 8)")
@@ -85,6 +101,11 @@ def main() -> None:
             "fp32_channels_last": Setting("fp32", "channels_last"),
         }
         turns: dict[str, Turn] = {}
+        if options.options:
+            turns |= {name: _ours(teacher, config, images, setting) for name, setting in OPTIONS.items()}
+            turns |= {f"plain_{graph}": _plain(teacher, config, images, Setting("bf16", graph=graph)) for graph in (False, True)}
+            _report_options(_take_turns(turns, repeats=repeats, updates=updates))
+            return
         for name, setting in settings.items():
             turns[f"ours_{name}"] = _ours(teacher, config, images, setting)
             turns[f"plain_{name}"] = _plain(teacher, config, images, setting)
@@ -123,6 +144,17 @@ def _report(seconds: dict[str, list[float]], settings: dict[str, Setting], *, ba
         line("halving_hramchenko_best", best("ours"), "hramchenko", f"Hramchenko's train_student (fp32), {best('ours')}")
 
 
+def _report_options(seconds: dict[str, list[float]]) -> None:
+    first, *others = OPTIONS
+    pairs = [(name, name, first, f"ours in {first}") for name in others]
+    pairs.append(
+        ("teachers_graph_left_out", "plain_False", "plain_True", "the plain loop in bf16 whose autograd keeps the teacher's forwards")
+    )
+    for name, ours, theirs, against in pairs:
+        ratios = [other / own for own, other in zip(seconds[ours], seconds[theirs], strict=True)]
+        print_ratio(f"halving_option_{name}", ratios, against=against, updates_per_second=1 / statistics.median(seconds[ours]))
+
+
 def _timed(updates: Iterator[None], count: int) -> list[float]:
     seconds = []
     for _ in range(count):
@@ -146,6 +178,8 @@ def _ours(teacher: Path, config: RunConfig, images: Tensor, setting: Setting) ->
     values["data"] |= {"global_batch_size": batch, "micro_batch_size": batch}
     values["engine"] |= {"precision": setting.precision}
     values["train"] |= {"memory_format": setting.memory_format, "steps": 1_000_000}
+    for section, changed in setting.changes.items():
+        values[section] |= changed
     recipe = RunConfig.model_validate(values)
     task = build_task(recipe, teacher.parent, images.shape[-1])
     engine = build_engine(recipe, task)
@@ -174,7 +208,7 @@ class _Output(nn.Module):
         return self.unet(x_t, timestep.float()).sample
 
 
-def _networks(teacher: Path, config: RunConfig, memory_format: str) -> tuple[_Output, _Output, _Output]:
+def _networks(teacher: Path, config: RunConfig, memory_format: str, *, graph: bool = False) -> tuple[_Output, _Output, _Output]:
     """Teacher, student and a third copy for the average."""
     source = load_source(teacher)
     copies = []
@@ -183,12 +217,12 @@ def _networks(teacher: Path, config: RunConfig, memory_format: str) -> tuple[_Ou
         unet.load_state_dict(source.model.state_dict())
         copies.append(_Output(unet.to(memory_format=torch.channels_last) if memory_format == "channels_last" else unet))  # pyright: ignore[reportCallIssue] (a keyword-only overload)
     frozen, student, average = copies
-    return frozen.requires_grad_(False).eval(), student.train(), average.requires_grad_(False)
+    return frozen.requires_grad_(graph).eval(), student.train(), average.requires_grad_(False)
 
 
 def _plain(teacher: Path, config: RunConfig, images: Tensor, setting: Setting) -> Turn:
     """Three forwards, a backward, clipping, fused AdamW and an average by foreach operations."""
-    frozen, student, average = _networks(teacher, config, setting.memory_format)
+    frozen, student, average = _networks(teacher, config, setting.memory_format, graph=setting.graph)
     alpha_bar = build_alpha_bar(config.noise_schedule)
     alpha, sigma = alpha_bar.sqrt().float().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().float().view(-1, 1, 1, 1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
@@ -203,14 +237,14 @@ def _plain(teacher: Path, config: RunConfig, images: Tensor, setting: Setting) -
             a, s, a_mid, s_mid, a_end, s_end = (scale[t - back] for back in (0, 1, 2) for scale in (alpha, sigma))
             x_t = a * x_0 + s * torch.randn_like(x_0)
             with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
-                with torch.no_grad():
+                with nullcontext() if setting.graph else torch.no_grad():
                     x_1 = a * x_t - s * frozen(x_t, t).float()
                     x_mid = a_mid * x_1 + s_mid * (x_t - a * x_1) / s
                     x_2 = a_mid * x_mid - s_mid * frozen(x_mid, t - 1).float()
                     x_end = a_end * x_2 + s_end * (x_mid - a_mid * x_2) / s_mid
                     target = (x_end - s_end / s * x_t) / (a_end - s_end / s * a)
                     v = (a * x_t - target) / s
-                loss = nn.functional.mse_loss(student(x_t, t).float(), v)
+                loss = nn.functional.mse_loss(student(x_t, t).float(), v.detach())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
