@@ -13,7 +13,7 @@ from launch.data import pack_faces
 from launch.job import Job
 from launch.local import run_job
 from launch.start import How, check_ranks, start_distill
-from trainer.config import student_counts
+from trainer.config import stage_updates, student_counts
 from trainer.config_io import load_recipe, recipe_path
 from trainer.exit_codes import DONE
 
@@ -62,7 +62,6 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
     check_ranks(config.data, ranks)
     check_ranks(config.stage_data, ranks, section="distill")
     faces, students = config.data.faces, student_counts(config.distill)
-    updates = config.distill.updates
     sys.stderr.write(
         _INTRODUCTION.format(
             out=out,
@@ -73,7 +72,7 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
             halvings=len(students),
             last=students[-1],
             plural="" if students[-1] == 1 else "s",
-            students=sum(updates) if isinstance(updates, tuple) else updates * len(students),
+            students=sum(stage_updates(config.distill)),
             held_out=held_out,
         )
     )

@@ -16,7 +16,7 @@ _FOLDER = "architectures"
 class Component:
     """One part of a pipeline: its class of diffusers or transformers, and the config it is made from."""
 
-    library: str
+    package: str
     class_name: str
     config: Mapping[str, object]
 
@@ -27,7 +27,7 @@ class Component:
         strange = sorted(changes.keys() - self.config.keys())
         if strange:
             raise ValueError(f"{self.class_name} has no {strange[0]} in its config; it has {', '.join(sorted(self.config))}")
-        return Component(self.library, self.class_name, {**self.config, **changes})
+        return Component(self.package, self.class_name, {**self.config, **changes})
 
 
 @final

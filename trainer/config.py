@@ -115,6 +115,7 @@ __all__ = [
     "identity",
     "pixel_model",
     "pixel_objective",
+    "stage_updates",
     "student_counts",
 ]
 
@@ -304,6 +305,12 @@ def pixel_objective(config: RunConfig) -> DenoisingConfig | ProgressiveDistillat
 def student_counts(distill: DistillConfig) -> tuple[int, ...]:
     """Sampling steps of the chain's students, first halving first: from half of start_steps down to end_steps, skipped ones left out."""
     return tuple(count for count in halving_counts(distill.start_steps, distill.end_steps)[1:] if count not in (distill.skip or ()))
+
+
+def stage_updates(distill: DistillConfig) -> tuple[int, ...]:
+    """Updates of each student that a chain trains, the one whose head changes last."""
+    updates = distill.updates if isinstance(distill.updates, tuple) else (distill.updates,) * len(student_counts(distill))
+    return (*updates, distill.head_change.updates) if distill.head_change else updates
 
 
 def identity(config: RunConfig) -> dict[str, object]:

@@ -73,6 +73,11 @@ class _Raw:
         nearest = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.places), ())
         return self.places.get(nearest, (self.source, 1))
 
+    def forget_places(self, path: KeyPath) -> None:
+        """Of a key and all below it."""
+        for known in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[known]
+
     def note(self, path: KeyPath, text: str) -> None:
         """Adds a mistake."""
         source, line = self.place(path)
@@ -192,7 +197,8 @@ def _apply(kind: type[Section], raw: _Raw, overrides: Sequence[str]) -> None:
             raw.mistakes.append(Mistake(_COMMAND_LINE, number, key, str(error)))
     for number, path, value in sorted(parsed, key=lambda item: item[1][-1] != "kind"):
         if value is None and len(path) == 1 and _has_default_section(kind, path[0]):
-            _forget(raw, path)
+            raw.tree.pop(path[0], None)
+            raw.forget_places(path)
             continue
         _set(kind, raw, path, value, (_COMMAND_LINE, number))
 
@@ -201,12 +207,6 @@ def _has_default_section(kind: type[Section], name: str) -> bool:
     """Whether a name is of a section that is there even where nobody writes it: null puts it back to that."""
     about = kind.model_fields.get(name)
     return about is not None and isinstance(about.get_default(call_default_factory=True), Section)
-
-
-def _forget(raw: _Raw, path: tuple[str, ...]) -> None:
-    raw.tree.pop(path[0], None)
-    for known in [known for known in raw.places if known[:1] == path]:
-        del raw.places[known]
 
 
 def _set(kind: type[Section], raw: _Raw, path: tuple[str, ...], value: Plain, place: tuple[str, int]) -> None:
@@ -222,8 +222,7 @@ def _set(kind: type[Section], raw: _Raw, path: tuple[str, ...], value: Plain, pl
     if name == "kind" and section and "kind" in section.model_fields and value not in get_args(section.model_fields["kind"].annotation):
         node.clear()
     node[name] = value
-    for known in [known for known in raw.places if known[: len(path)] == path]:
-        del raw.places[known]
+    raw.forget_places(path)
     raw.places[path] = place
 
 

@@ -67,7 +67,7 @@ def _export_pixels(path: Path, options: Options, push: str | None) -> Path:
     steps = optional_integer(options, "steps")
     if flag(options, "merged"):
         raise ValueError(f"--merged: {path} is no LoRA of a latent model; leave --merged out")
-    counts = [stage.steps for stage in trained_stages(path)] if (path / "chain.json").exists() else []
+    counts = [stage.steps for stage in trained_stages(path)]
     if counts and steps not in counts:
         asked = "say which" if steps is None else f"none of {steps}"
         raise ValueError(f"{path}: a chain has a model a step count, {asked}: --steps {' or '.join(map(str, counts))}")

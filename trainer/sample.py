@@ -65,7 +65,7 @@ def sample_job(path: Path, options: Options) -> int:
 
         return sample_prompts(path, options)
     _refuse_prompts(options)
-    students = [stage.steps for stage in trained_stages(path)] if (path / "chain.json").exists() else []
+    students = [stage.steps for stage in trained_stages(path)]
     steps = steps or min(students, default=None)
     source, sampler = load_source(path, steps), chosen_sampler(options)
     made_for = source.descriptor.step_count

@@ -89,7 +89,9 @@ def load_source(path: Path, steps: int | None = None, *, ema: float | None = Non
 
 
 def trained_stages(chain: Path) -> tuple[ChainStage, ...]:
-    """The stages of a chain that have a checkpoint, teacher first; a teacher from elsewhere counts."""
+    """The stages of a chain that have a checkpoint, teacher first, none of what is no chain; a teacher from elsewhere counts."""
+    if not (chain / "chain.json").exists():
+        return ()
     return tuple(stage for stage in read_chain(chain) if not stage.trained_here or newest_checkpoint(stage.run_dir) is not None)
 
 

@@ -126,6 +126,6 @@ def index_entry(component: Component) -> list[str]:
 
     diffusers 0.42 moved Wuerstchen's classes: it finds them neither by `wuerstchen`, which the Hub's folders say, nor by `diffusers`,
     which its own save_pretrained writes, but by the module that defines them."""
-    if component.library == _WUERSTCHEN:
+    if component.package == _WUERSTCHEN:
         return [_DIFFUSERS[component.class_name].__module__, component.class_name]
-    return [component.library, component.class_name]
+    return [component.package, component.class_name]

@@ -9,12 +9,11 @@ from data_shards.index import ShardIndex
 from trainer.config import (
     AutoencoderConfig,
     DdpmConfig,
-    DistillConfig,
     PixelModelConfig,
     ProgressiveDistillationConfig,
     RunConfig,
     TinyUNetConfig,
-    student_counts,
+    stage_updates,
 )
 from trainer.latents.networks import shape_of
 from trainer.models.activation_checkpointing import enable_activation_checkpointing
@@ -106,12 +105,6 @@ def image_side(config: RunConfig) -> int:
             f"data.shards={missing[0]}: not there, so its images' size is not known; set data.image_size to their pixels a side"
         )
     return max(ShardIndex.load(Path(name)).side() for name in names)
-
-
-def stage_updates(distill: DistillConfig) -> tuple[int, ...]:
-    """Updates of each student that a chain trains, the one whose head changes last."""
-    updates = distill.updates if isinstance(distill.updates, tuple) else (distill.updates,) * len(student_counts(distill))
-    return (*updates, distill.head_change.updates) if distill.head_change else updates
 
 
 def kept_checkpoints(config: RunConfig, steps: int) -> int:
