@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -80,6 +80,14 @@ def check_settings(root: Path, settings: Mapping[str, object]) -> None:
         raise ValueError(f"{root} holds runs of other settings ({note}); give another --root, or remove that folder")
     root.mkdir(parents=True, exist_ok=True)
     replace_file(note, text)
+
+
+def rows_of(out: Path, settings: Mapping[str, object]) -> list[dict[str, Any]]:
+    """The rows that an earlier run with these settings wrote, each with its commit: they need not be measured again. Else none."""
+    if not out.exists():
+        return []
+    found = json.loads(out.read_bytes())
+    return found["rows"] if found["size"] == json.loads(json_text(settings)) else []
 
 
 @final

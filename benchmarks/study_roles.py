@@ -7,13 +7,13 @@ compared with held-out faces of both styles. Writes the figures as JSON, a table
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack, take_weights_away
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack, rows_of, take_weights_away
 from measure import machine
 from PIL import Image
 from plot import Line, beside, line_plot
@@ -92,10 +92,16 @@ def main() -> int:
         pack(root / "shards" / f"held_out_{role}", style, start=count, count=HELD_OUT, pixels=size.pixels)
     shards = {role: root / "shards" / role for role in STYLES}
     reader = Reader(shards, {role: root / "shards" / f"held_out_{role}" for role in STYLES})
-    rows: list[Row] = []
-    for number, seed in enumerate(seeds):
-        rows += [*_measured(Seed(root, seed, size, options.ranks), reader)]
-        write(rows, out, seeds=seeds[: number + 1], size=size, sheet=_sheet(Seed(root, seeds[0], size, options.ranks)))
+    rows = [Row(**row) for row in rows_of(out, asdict(size))]
+    for seed in (Seed(root, seed, size, options.ranks) for seed in seeds):
+        known = {(row.role, row.sampler) for row in rows if row.seed == seed.seed}
+        chains: list[tuple[str, Sampler]] = [(role, sampler) for role in (TEACHER, BASE, *ROLES) for sampler in SAMPLERS]
+        for role, sampler in chains:
+            if (role, sampler) not in known:
+                rows += seed.measured(role, sampler, reader)
+                write(rows, out, size=size)
+        if not known:
+            replace_file(out.with_name(f"{out.stem}_pictures.png"), png(_sheet(seed).quantize(256)))
     return 0
 
 
@@ -117,6 +123,15 @@ class Seed:
     def pictures(self, role: str, sampler: Sampler, steps: int) -> Pictures:
         """What a student (or a teacher) draws, from noise that is the same for all; made now where it was not before."""
         return kept(self._path(role, sampler, steps), lambda: self._draw(role, sampler, steps))
+
+    def measured(self, role: str, sampler: Sampler, reader: Reader) -> "list[Row]":
+        """What came of one chain."""
+        self.bring_forth(role, sampler)
+        found = {steps: self.pictures(role, sampler, steps) for steps in STEPS}
+        return [
+            Row(role, sampler, steps, self.seed, reader.distance(each, "finetune"), reader.distance(each, "source"), commit())
+            for steps, each in found.items()
+        ]
 
     def bring_forth(self, role: str, sampler: Sampler) -> None:
         """Run one chain to its end, draw all its pictures, and take its weights away, which are many."""
@@ -188,23 +203,15 @@ class Row:
     seed: int
     to_finetune: float
     to_source: float
-
-
-def _measured(seed: Seed, reader: Reader) -> Iterator[Row]:
-    for role in (TEACHER, BASE, *ROLES):
-        for sampler in SAMPLERS:
-            seed.bring_forth(role, sampler)
-            for steps in STEPS:
-                pictures = seed.pictures(role, sampler, steps)
-                yield Row(role, sampler, steps, seed.seed, reader.distance(pictures, "finetune"), reader.distance(pictures, "source"))
+    commit: str
 
 
 Cell = tuple[str, str, int]
 """Role, sampler and steps."""
 
 
-def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size, sheet: Image.Image) -> None:
-    """The figures so far, their table, the plot and the sheet."""
+def write(rows: Sequence[Row], out: Path, *, size: Size) -> None:
+    """The figures so far, their table and, once all rows are there, the plot."""
     out.parent.mkdir(parents=True, exist_ok=True)
     cells: dict[Cell, list[Row]] = {}
     for row in rows:
@@ -215,20 +222,15 @@ def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size, s
     }
     result = {
         "command": "python benchmarks/study_roles.py",
-        "commit": commit(),
         "machine": machine(),
-        "seeds": list(seeds),
         "size": asdict(size),
         "styles": dict(STYLES),
-        "rows": [
-            {"role": cell[0], "sampler": cell[1], "steps": cell[2], **{name: asdict(spreads[cell]) for name, spreads in figures.items()}}
-            for cell in cells
-        ],
+        "rows": [asdict(row) for row in rows],
     }
     replace_file(out, json_text(result))
     replace_file(out.with_suffix(".md"), table(figures))
-    replace_file(out.with_suffix(".png"), png(_plot(figures)))
-    replace_file(out.with_name(f"{out.stem}_pictures.png"), png(sheet.quantize(256)))
+    if len(cells) == (2 + len(ROLES)) * len(SAMPLERS) * len(STEPS):
+        replace_file(out.with_suffix(".png"), png(_plot(figures)))
     sys.stdout.write(table(figures))
 
 
