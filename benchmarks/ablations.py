@@ -6,22 +6,21 @@ the figures as JSON, a table as Markdown, a plot and a sheet of pictures."""
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, folder_of, halfstep, kept, pack, take_weights_away
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, drawn, folder_of, halfstep, kept, pack, rows_of, take_weights_away
 from measure import machine
-from PIL import Image
 from plot import Line, line_plot
 
 from data_shards.files import json_text, replace_file
 from trainer.checkpoint import read_tensors
 from trainer.manifest import read_checkpoint, verify_files
 from trainer.prompting.sheet import SheetGroup, draw_sheet
-from trainer.sample import draw_images, png
+from trainer.sample import png
 from trainer.source import load_source
 
 STYLE, HELD_OUT, SHOWN = "open-peeps", 512, 3
@@ -86,17 +85,31 @@ def main() -> int:
         pack(root / "shards" / str(count), STYLE, count=count, pixels=size.pixels)
     pack(root / "shards" / "held_out", STYLE, start=max(size.counts), count=HELD_OUT, pixels=size.pixels)
     reader = Reader({STYLE: root / "shards" / str(size.counts[1])}, {STYLE: root / "shards" / "held_out"})
-    distances: dict[tuple[str, int], list[float]] = {}
-    for number, seed in enumerate(seeds):
+    rows = [Row(**row) for row in rows_of(out, asdict(size))]
+    for seed in seeds:
+        runs = {name: Run(root, name, seed, size, options.ranks) for name in variants(size)}
         for name, (count, settings) in variants(size).items():
-            run = Run(root, name, seed, size, options.ranks)
-            run.bring_forth(count, settings)
-            for step in size.at:
-                distances.setdefault((name, step), []).append(reader.distance(run.pictures(step), STYLE))
-        first = {name: Run(root, name, seeds[0], size, options.ranks) for name in variants(size)}
-        sheet = [SheetGroup(f"step {step}", torch.stack([run.pictures(step)[:SHOWN] for run in first.values()])) for step in size.at]
-        write(distances, out, seeds=seeds[: number + 1], size=size, sheet=draw_sheet(list(first), sheet))
+            if any((row.variant, row.seed) == (name, seed) for row in rows):
+                continue
+            runs[name].bring_forth(count, settings)
+            rows += [Row(name, step, seed, reader.distance(runs[name].pictures(step), STYLE), commit()) for step in size.at]
+            write(rows, out, size=size)
+        if seed == seeds[0] and all(run.is_drawn() for run in runs.values()):
+            sheet = [SheetGroup(f"step {step}", torch.stack([run.pictures(step)[:SHOWN] for run in runs.values()])) for step in size.at]
+            replace_file(out.with_name(f"{out.stem}_pictures.png"), png(draw_sheet(list(runs), sheet).quantize(256)))
     return 0
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one variant and seed after so many steps."""
+
+    variant: str
+    step: int
+    seed: int
+    distance: float
+    commit: str
 
 
 @final
@@ -117,11 +130,15 @@ class Run:
 
     def pictures(self, step: int) -> Pictures:
         """What the averaged weights after `step` steps draw; made now where it was not before."""
-        return kept(self.folder / "pictures" / f"step_{step:06d}.npy", lambda: self._draw(step))
+        return kept(self._picture(step), lambda: self._draw(step))
+
+    def is_drawn(self) -> bool:
+        """Whether all pictures are there."""
+        return all(self._picture(step).exists() for step in self.size.at)
 
     def bring_forth(self, count: int, settings: Sequence[str]) -> None:
         """Train to the end, draw at every step that is measured, and take the weights away, which are many."""
-        if all((self.folder / "pictures" / f"step_{step:06d}.npy").exists() for step in self.size.at):
+        if self.is_drawn():
             return
         every = self.size.at[0]
         words = (f"seed={self.seed}", f"data.shards={self.root}/shards/{count}", f"train.steps={self.size.at[-1]}", *settings)
@@ -132,27 +149,30 @@ class Run:
             self.pictures(step)
         take_weights_away(run_dir)
 
+    def _picture(self, step: int) -> Path:
+        return self.folder / "pictures" / f"step_{step:06d}.npy"
+
     def _draw(self, step: int) -> Pictures:
         source = load_source(self.folder / "run")
         checkpoint = read_checkpoint(self.folder / "run" / "checkpoints" / f"step_{step:06d}")
         verify_files(checkpoint, checkpoint.files)
         source.model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(checkpoint, "ema").items()})
-        precision = source.recipe.engine.precision  # as `halfstep evaluate` draws
-        return draw_images(source, steps=self.size.sampling_steps, seed=0, count=self.size.images, precision=precision)
+        return drawn(source, steps=self.size.sampling_steps, count=self.size.images)
 
 
-def write(distances: Mapping[tuple[str, int], Sequence[float]], out: Path, *, seeds: Sequence[int], size: Size, sheet: Image.Image) -> None:
-    """The figures so far, their table, the plot and the sheet."""
+def write(rows: Sequence[Row], out: Path, *, size: Size) -> None:
+    """The figures so far, their table and plot."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    spreads = {cell: Spread.of(values) for cell, values in distances.items()}
     result = {
         "command": "python benchmarks/ablations.py",
-        "commit": commit(),
         "machine": machine(),
-        "seeds": list(seeds),
         "size": asdict(size),
-        "rows": [{"variant": name, "step": step, **asdict(spread)} for (name, step), spread in spreads.items()],
+        "rows": [asdict(row) for row in rows],
     }
+    distances: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        distances.setdefault((row.variant, row.step), []).append(row.distance)
+    spreads = {cell: Spread.of(values) for cell, values in distances.items()}
     names = list(dict.fromkeys(name for name, _ in spreads))
     lines = [f"| variant, distance after step | {' | '.join(map(str, size.at))} |", "| --- |" + " --- |" * len(size.at)]
     lines += [f"| {name} | {' | '.join(str(spreads[name, step]) for step in size.at)} |" for name in names]
@@ -166,7 +186,6 @@ def write(distances: Mapping[tuple[str, int], Sequence[float]], out: Path, *, se
     replace_file(out, json_text(result))
     replace_file(out.with_suffix(".md"), "\n".join(lines) + "\n")
     replace_file(out.with_suffix(".png"), png(plot))
-    replace_file(out.with_name(f"{out.stem}_pictures.png"), png(sheet.quantize(256)))
     sys.stdout.write("\n".join(lines) + "\n")
 
 

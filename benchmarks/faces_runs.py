@@ -20,9 +20,12 @@ from data_shards.files import json_text, replace_file
 from data_shards.index import ShardIndex
 from data_shards.reading.read import read_all
 from data_shards.reading.sample import MicroBatch
+from trainer.config_sections import Sampler
 from trainer.feature_net import FeatureNet, features_of, train_feature_net
 from trainer.frechet import frechet_distance, mean_and_covariance
 from trainer.rng import generator
+from trainer.sample import draw_images
+from trainer.source import Source
 
 Pictures = UInt8[Tensor, "b h w c"]
 
@@ -60,6 +63,11 @@ def kept(path: Path, make: Callable[[], Pictures]) -> Pictures:
         np.save(content, make().numpy())
         replace_file(path, content.getvalue())
     return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def drawn(source: Source, *, steps: int, count: int, sampler: Sampler | None = None) -> Pictures:
+    """What a model draws from noise that is the same for all, in the precision of its recipe, as `halfstep evaluate` draws."""
+    return draw_images(source, steps=steps, seed=0, count=count, sampler=sampler, precision=source.recipe.engine.precision)
 
 
 def take_weights_away(run_dir: Path) -> None:

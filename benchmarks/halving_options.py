@@ -1,19 +1,18 @@
 """What each option of halving is worth: quality by step count and cost of the same chain with one thing changed, on faces.
 
-The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, with one change to the base,
-kept below --root: the same command goes on where it was. The base is the demo's recipe in batches of 32 images. Every student draws
-images from the same noise, which are compared with held-out faces. Writes the figures as JSON, a table as Markdown and a sheet of
-pictures."""
+The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, with one change to the demo's
+recipe, kept below --root: the same command goes on where it was. Every student draws images from the same noise, which are compared
+with held-out faces. Writes the figures as JSON, a table as Markdown and a sheet of pictures."""
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, folder_of, halfstep, kept, pack, take_weights_away
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, drawn, folder_of, halfstep, kept, pack, rows_of, take_weights_away
 from measure import machine
 
 from data_shards.files import json_text, replace_file
@@ -21,28 +20,26 @@ from trainer.chain import read_chain
 from trainer.prompting.sheet import SheetGroup, draw_sheet
 from trainer.report.cost import Cost
 from trainer.report.gather import read_stage
-from trainer.sample import draw_images, png
+from trainer.sample import png
 from trainer.source import load_source
 
 STYLE, HELD_OUT, SHOWN = "open-peeps", 2000, 3
 STEPS = (16, 8, 4, 2, 1)
 START = 32
-RATES = (3e-4, 5e-4, 5e-4, 6e-4, 6e-4)
-"""The base's learning rates, stage by stage."""
-STAGES = {"global_batch_size": 32, "micro_batch_size": 16, "lr_schedule": "{kind: linear, warmup_steps: 10}"}
-"""Of the base besides: the teacher's batches, and a short warm-up."""
-BASE, TEACHER = "base", "teacher as it is"
+BASE, TEACHER = "the demo's recipe", "teacher as it is"
 
 
 @final
 @dataclass(frozen=True)
 class Size:
-    """How much is spent. images: of a measurement; updates: of the base's stages; settings: changes to the recipe of teacher and chains."""
+    """How much is spent. images: of a measurement; updates, rates: of the base's stages; settings: changes to the recipe of teacher and
+    chains."""
 
     pixels: int = 32
     faces: int = 6000
     images: int = 512
-    updates: tuple[int, ...] = (40, 110, 65, 75, 90)
+    updates: tuple[int, ...] = (85, 240, 155, 180, 220)
+    rates: tuple[float, ...] = (3e-4, 5e-4, 5e-4, 6e-4, 6e-4)
     settings: tuple[str, ...] = ()
 
 
@@ -65,56 +62,49 @@ QUICK = Size(
 def variants(size: Size) -> dict[str, tuple[str, ...]]:
     """Changes to the base's recipe, by what they are called."""
 
-    def updates(counts: Sequence[int]) -> str:
-        return f"distill.updates={list(counts)}".replace(" ", "")
+    def updates(*counts: float) -> str:
+        return f"distill.updates={_listed([round(count) for count in counts])}"
+
+    def rates(*each: float) -> str:
+        return f"distill.learning_rate={_listed([round(rate, 5) for rate in each])}"
+
+    def schedule(kind: str, *, warmup: int = 20) -> str:
+        return f"distill.lr_schedule={{kind: {kind}, warmup_steps: {warmup}}}"
 
     first, second, third, fourth, fifth = size.updates
-    constant = "distill.lr_schedule={kind: constant, warmup_steps: 10}"
-
-    def rates(factor: float) -> str:
-        return f"distill.learning_rate={[round(factor * rate, 5) for rate in RATES]}".replace(" ", "")
-
-    half = ("distill.global_batch_size=16", "distill.micro_batch_size=8", updates([2 * count for count in size.updates]))
     by_need = f"distill.stop_when={{every_steps: {max(1, first // 4)}, images: 32}}"
     return {
         BASE: (),
-        "rates x 0.6": (rates(0.6),),
-        "rates x 1.6": (rates(1.6),),
-        "warm-up of 30 updates": ("distill.lr_schedule={kind: linear, warmup_steps: 30}",),
-        "cosine instead of linear": ("distill.lr_schedule={kind: cosine, warmup_steps: 10}",),
-        "half the batch, twice the updates": half,
-        "half the batch, warm-up of 40 updates": (*half, "distill.lr_schedule={kind: linear, warmup_steps: 40}"),
-        "half the batch, warm-up of 40, last rates x 1.6": (
-            *half,
-            "distill.lr_schedule={kind: linear, warmup_steps: 40}",
-            "distill.learning_rate=[3e-4,5e-4,5e-4,1e-3,1e-3]",
+        "twice the batch, half the updates": (
+            "distill.global_batch_size=32",
+            "distill.micro_batch_size=16",
+            updates(*(count / 2 for count in size.updates)),
+            schedule("linear", warmup=10),
         ),
-        "a quarter of the batch, four times the updates": (
-            "distill.global_batch_size=8",
-            "distill.micro_batch_size=4",
-            updates([4 * count for count in size.updates]),
-        ),
-        "16 skipped": ("distill.skip=[16]", updates((first + second, third, fourth, fifth)), "distill.learning_rate=[5e-4,5e-4,6e-4,6e-4]"),
-        "2 skipped": ("distill.skip=[2]", updates((first, second, third, fourth + fifth)), "distill.learning_rate=[3e-4,5e-4,5e-4,6e-4]"),
-        "8 and 2 skipped": (
-            "distill.skip=[8,2]",
-            updates((first, second + third, fourth + fifth)),
-            "distill.learning_rate=[3e-4,5e-4,6e-4]",
-        ),
+        "twice the updates": (updates(*(2 * count for count in size.updates)),),
+        "half the updates": (updates(*(count / 2 for count in size.updates)),),
+        "constant rate, stages end by need": (schedule("constant"), by_need, updates(*(3 * count for count in size.updates))),
+        "16 skipped": ("distill.skip=[16]", updates(first + second, third, fourth, fifth), rates(*size.rates[1:])),
+        "2 skipped": ("distill.skip=[2]", updates(first, second, third, fourth + fifth), rates(*size.rates[:3], size.rates[4])),
+        "8 and 2 skipped": ("distill.skip=[8,2]", updates(first, second + third, fourth + fifth), rates(*size.rates[::2])),
         "one rate for all stages": ("distill.learning_rate=5e-4",),
-        "constant rate": (constant,),
+        "rates x 1.6": (rates(*(1.6 * rate for rate in size.rates)),),
+        "constant rate": (schedule("constant"),),
+        "cosine instead of linear": (schedule("cosine"),),
         "no average of the weights": ("distill.ema_decay=0.0",),
         "times drawn alone": ("distill.stratified=false",),
-        "feature weight 0.1": ("distill.feature_weight=0.1",),
+        "feature weight 0.1 (last two stages)": ("distill.feature_weight=0.1",),
         "target clipped": ("distill.clip_target=true",),
         "teacher in fp32": ("distill.teacher_precision=fp32",),
         "all in fp32": ("engine.precision=fp32",),
         "loss min_snr": ("distill.loss=min_snr",),
         "loss snr_trunc": ("distill.loss=snr_trunc",),
         "loss x_mse": ("distill.loss=x_mse",),
-        "twice the updates": (updates([2 * count for count in size.updates]),),
-        "constant rate, stages end by need": (constant, by_need, updates([3 * count for count in size.updates])),
     }
+
+
+def _listed(values: Sequence[float]) -> str:
+    return str(list(values)).replace(" ", "")
 
 
 @final
@@ -125,6 +115,13 @@ class Row:
     variant: str
     distances: Mapping[int, Spread]
     cost: Cost
+    commit: str
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "Row":
+        """One that was written."""
+        distances = {int(steps): Spread(**each) for steps, each in row["distances"].items()}
+        return cls(row["variant"], distances, Cost(**row["cost"]), row["commit"])
 
 
 def main() -> int:
@@ -147,16 +144,19 @@ def main() -> int:
     pack(root / "held_out", STYLE, start=size.faces, count=HELD_OUT, pixels=size.pixels)
     reader = Reader({STYLE: root / "faces"}, {STYLE: root / "held_out"})
     chosen = {name: words for name, words in variants(size).items() if options.only is None or name in options.only}
-    rows: list[Row] = []
+    found = {row.variant: row for row in map(Row.read, rows_of(out, asdict(size)))}
     for name in (TEACHER, *chosen):
+        if name in found:
+            continue
         chains = [Chain(root, name, seed, size, options.ranks) for seed in {TEACHER: seeds[:1], BASE: base_seeds}.get(name, seeds)]
         for chain in chains:
             chain.bring_forth(chosen.get(name, ()))
-        found = [{steps: reader.distance(chain.pictures(steps), STYLE) for steps in STEPS if chain.draws(steps)} for chain in chains]
-        rows.append(Row(name, _spreads(found), chains[0].cost()))
-        write(rows, out, seeds=seeds, size=size)
+        distances = [{steps: reader.distance(chain.pictures(steps), STYLE) for steps in STEPS if chain.draws(steps)} for chain in chains]
+        found[name] = Row(name, _spreads(distances), chains[0].cost(), commit())
+        write([found[name] for name in (TEACHER, *variants(size)) if name in found], out, seeds=seeds, size=size)
     first = {name: Chain(root, name, seeds[0], size, options.ranks) for name in (TEACHER, *chosen)}
-    replace_file(out.with_name(f"{out.stem}_pictures.png"), sheet(first))
+    if all(chain.draws(1) for chain in first.values()):
+        replace_file(out.with_name(f"{out.stem}_pictures.png"), sheet(first))
     return 0
 
 
@@ -202,8 +202,8 @@ class Chain:
             if not (teacher / "export").exists():
                 halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null")
         else:
-            updates, rates = (str(list(each)).replace(" ", "") for each in (self.size.updates, RATES))
-            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates, **STAGES}
+            updates, rates = _listed(self.size.updates), _listed(self.size.rates)
+            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates}
             changed = {word.partition("=")[0] for word in words}
             own = [f"distill.{key}={value}" for key, value in base.items() if f"distill.{key}" not in changed]
             halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), f"seed={self.seed}", *own, *words)
@@ -231,7 +231,7 @@ class Chain:
 
     def _draw(self, steps: int) -> Pictures:
         source = load_source(self.root / "teacher") if self.name == TEACHER else load_source(self.folder / "chain", steps)
-        return draw_images(source, steps=steps, seed=0, count=self.size.images)
+        return drawn(source, steps=steps, count=self.size.images)
 
 
 def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size) -> None:
@@ -239,14 +239,10 @@ def write(rows: Sequence[Row], out: Path, *, seeds: Sequence[int], size: Size) -
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": "python benchmarks/halving_options.py",
-        "commit": commit(),
         "machine": machine(),
         "seeds": list(seeds),
         "size": asdict(size),
-        "rows": [
-            {"variant": row.variant, "cost": asdict(row.cost), "distances": {steps: asdict(each) for steps, each in row.distances.items()}}
-            for row in rows
-        ],
+        "rows": [asdict(row) for row in rows],
     }
     whole = next(row.cost for row in rows if row.variant == TEACHER)
     lines = [

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Literal, final
 
 import torch
-from faces_runs import Pictures, Reader, Spread, check_settings, commit, halfstep, kept, pack, rows_of, take_weights_away
+from faces_runs import Pictures, Reader, Spread, check_settings, commit, drawn, halfstep, kept, pack, rows_of, take_weights_away
 from measure import machine
 from PIL import Image
 from plot import Line, beside, line_plot
 
 from data_shards.files import json_text, replace_file
 from trainer.chain import read_chain
+from trainer.config_sections import Sampler
 from trainer.prompting.sheet import SheetGroup, draw_sheet
-from trainer.sample import draw_images, png
+from trainer.sample import png
 from trainer.source import load_source
 
 Style = Literal["source", "finetune"]
-Sampler = Literal["ddim", "ancestral"]
 STYLES: Mapping[Style, str] = {"source": "open-peeps", "finetune": "voxel-art"}
 ROLES = ("source", "finetune", "mixture", "teacher_samples")
 SAMPLERS: tuple[Sampler, ...] = ("ddim", "ancestral")
@@ -153,8 +153,7 @@ class Seed:
     def _draw(self, role: str, sampler: Sampler, steps: int) -> Pictures:
         folder = {TEACHER: self.folder / "finetuned", BASE: self.folder / "source"}.get(role, self.folder / f"{role}_{sampler}")
         source = load_source(folder, steps)
-        precision = source.recipe.engine.precision  # as `halfstep evaluate` draws
-        return draw_images(source, steps=steps, seed=0, count=self.size.images, sampler=sampler, precision=precision)
+        return drawn(source, steps=steps, count=self.size.images, sampler=sampler)
 
     def _teachers(self) -> None:
         source, tuned, samples = (self.folder / name for name in ("source", "finetuned", "shards_teacher_samples"))
