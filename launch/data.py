@@ -24,13 +24,12 @@ def data_folders(config: RunConfig, own: Path) -> list[Path]:
     Raises: ValueError or FetchError if a remote index can't be had or trusted; what was brought before needs no network.
     """
     data = config.data
-    names = _names(data)
-    if not names:
+    if not data.places:
         assert data.faces is not None, "the recipe's own check asks for shards or faces"
         return [pack_faces(data.faces, own)]
     cache = None
     folders: list[Path] = []
-    for name in names:
+    for name in data.places:
         location = Location.parse(name)
         if location.is_remote:
             cache = cache or open_cache(data.cache.folder, limit_gib=data.cache.limit_gib)
@@ -44,15 +43,10 @@ def data_folders(config: RunConfig, own: Path) -> list[Path]:
 
 def check_shards(data: DataConfig) -> None:
     """Raises: ValueError if shards on this machine are not there, or damaged."""
-    for name in _names(data):
+    for name in data.places:
         location = Location.parse(name)
         if not location.is_remote:
             ShardIndex.load(location.path)
-
-
-def _names(data: DataConfig) -> list[str]:
-    """The folders of shards that a recipe names."""
-    return [source.shards for source in data.mixture] or ([data.shards] if data.shards is not None else [])
 
 
 def _check_drawn(folders: Sequence[Path]) -> None:
@@ -80,7 +74,7 @@ def with_data(config: RunConfig, folders: Sequence[Path], *, run_dir: Path, root
 
 def seen_from_here(config: RunConfig, run_dir: Path) -> RunConfig:
     """A frozen recipe with its data as seen from where the command is given: with_data the other way round."""
-    places = [Location.parse(name) for name in _names(config.data)]
+    places = [Location.parse(name) for name in config.data.places]
     folders = [Path(os.path.abspath(run_dir / place.path)) for place in places if not place.is_remote]
     return with_data(config, folders, run_dir=Path.cwd(), root=run_dir) if len(folders) == len(places) > 0 else config
 

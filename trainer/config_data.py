@@ -95,6 +95,11 @@ class DataConfig(Section):
     cache: CacheConfig = CacheConfig()
     """Of remote shards, on each node."""
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where all shards lie, of a mixture or of one data set; none where data.faces are yet to be packed."""
+        return tuple(source.shards for source in self.mixture) or ((self.shards,) if self.shards is not None else ())
+
     def problems(self) -> Iterator[Problem]:
         if self.global_batch_size % self.micro_batch_size:
             nearest = max(1, round(self.global_batch_size / self.micro_batch_size)) * self.micro_batch_size

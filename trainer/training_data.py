@@ -49,8 +49,7 @@ class TrainingData:
         data = config.data
         if classes is not None:
             data = data.model_copy(update={"shards": classes, "mixture": ()})
-        names = [source.shards for source in data.mixture] or [str(data.shards)]
-        indexes = tuple(ShardIndex.load(run_dir / name) for name in names)
+        indexes = tuple(ShardIndex.load(run_dir / name) for name in data.places)
         _check_fields(indexes, fields)
         sizes = _sizes(data)
         plan = Plan(

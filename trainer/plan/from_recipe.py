@@ -98,13 +98,12 @@ def image_side(config: RunConfig) -> int:
         return data.image_size
     if data.faces is not None:
         return data.faces.size
-    names = [source.shards for source in data.mixture] or [str(data.shards)]
-    missing = [name for name in names if not Path(name).is_dir()]
+    missing = [name for name in data.places if not Path(name).is_dir()]
     if missing:
         raise ValueError(
             f"data.shards={missing[0]}: not there, so its images' size is not known; set data.image_size to their pixels a side"
         )
-    return max(ShardIndex.load(Path(name)).side() for name in names)
+    return max(ShardIndex.load(Path(name)).side() for name in data.places)
 
 
 def kept_checkpoints(config: RunConfig, steps: int) -> int:
