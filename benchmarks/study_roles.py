@@ -102,6 +102,7 @@ def main() -> int:
                 write(rows, out, size=size)
         if not known:
             replace_file(out.with_name(f"{out.stem}_pictures.png"), png(_sheet(seed).quantize(256)))
+    write(rows, out, size=size)
     return 0
 
 
