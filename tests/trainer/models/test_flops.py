@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import TinyUNetConfig, pixel_model
 from trainer.config_io import load_recipe, recipe_path
+from trainer.models.attention import use_attention
 from trainer.models.flops import flops_of, forward_flops, peak_flops, training_forwards
 from trainer.models.tiny_unet import build_tiny_unet
 
@@ -119,3 +120,11 @@ def test_a_model_that_is_there_costs_what_one_without_weights_costs_whatever_typ
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert flops_of(model, lambda: (torch.zeros(1, 3, 16, 16), torch.zeros(1))) == wanted
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_whose_attention_a_cpu_raises_to_fp32_is_counted_too() -> None:
+    model = build_tiny_unet(TINY, 16)
+    use_attention(model, "auto", torch.device("cpu"), dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        counted = flops_of(model, lambda: (torch.zeros(1, 3, 16, 16), torch.zeros(1)))
+    assert counted == forward_flops(lambda: build_tiny_unet(TINY, 16), image_shape=(3, 16, 16))
