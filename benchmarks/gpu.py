@@ -55,7 +55,7 @@ def main() -> int:
     out = root / "results" if options.smoke else Path(__file__).parent / "results"
     size = SMOKE if options.smoke else FULL
     try:
-        check_settings(root, asdict(size))
+        check_settings(root, {"device": describe_device(device())["name"], **asdict(size)})
         tree = options.commit or commit()
     except ValueError as error:
         parser.error(str(error))
@@ -85,18 +85,16 @@ def main() -> int:
 
 def run_part(letter: str, bench: Bench, result: "Results") -> None:
     """Measure what the part lacks, then plot; a step that fails is noted, and ends the part where the next one needs it. Raises: TimeUp."""
-    part, whole = PARTS[letter], True
-    for name, make in part.steps(bench):
+    part = PARTS[letter]
+    steps = [(f"{letter}_{name}", make) for name, make in part.steps(bench)]
+    for name, make in [*steps, (f"plots_{letter}", lambda: result.plot(letter))]:
         try:
-            bench.store.once(f"{letter}_{name}", make)
-        except RuntimeError as failure:  # a command, a kernel that does not run, too little memory
-            result.failed[f"{letter} {name}"] = str(failure)
-            sys.stdout.write(f"part {letter}, {name} FAILED: {failure}\n")
-            whole = False
+            bench.store.once(name, make)
+        except (RuntimeError, OSError) as failure:  # a command, a kernel that does not run, too little memory
+            result.failed[name] = str(failure)
+            sys.stdout.write(f"{name} FAILED: {failure}\n")
             if part.chained:
-                break
-    if whole:
-        bench.store.once(f"plots_{letter}", lambda: result.plot(letter))
+                return
 
 
 def free_memory() -> None:

@@ -22,7 +22,7 @@ _TICKS, _SHOWN, _GRID = 12, 6, 36
 
 
 def _words(bench: Bench) -> tuple[str, ...]:
-    return ("--ranks", "1", f"data.shards={bench.root / 'faces'}", *bench.size.settings, PATIENT)
+    return ("--ranks", "1", f"data.shards={bench.root / 'faces'}", *bench.size.settings, "logging.sample_every_steps=0", PATIENT)
 
 
 def _training(bench: Bench) -> Sequence[Step]:
@@ -34,7 +34,7 @@ def _train(bench: Bench) -> Row:
     size = bench.size
     bench.pack("faces", count=size.faces, pixels=size.pixels)
     run_dir = bench.root / "teacher"
-    own = (bench.compiled, f"logging.sample_every_steps={size.sample_every_steps}", f"logging.every_steps={size.every_steps}")
+    own = (bench.compiled, f"logging.every_steps={size.every_steps}")
     taken = bench.commands.timed("teacher", ["train", RECIPE, *_words(bench), "--run-dir", str(run_dir), *own])
     lines = metric_lines(run_dir)
     return {
@@ -76,8 +76,8 @@ def _halve(bench: Bench) -> Row:
         "lr_schedule: {kind: linear, warmup_steps: 10}, ema_decay: 0.97",
         f"global_batch_size: {size.halving_batch}, micro_batch_size: {size.halving_batch}, checkpoint_every_steps: 100000",
     )
-    own = (f"distill={{{', '.join(settings)}}}", "logging.sample_every_steps=0")
-    taken = bench.commands.timed("chain", ["distill", RECIPE, *_words(bench), "--run-dir", str(chain), *own])
+    distill = f"distill={{{', '.join(settings)}}}"
+    taken = bench.commands.timed("chain", ["distill", RECIPE, *_words(bench), "--run-dir", str(chain), distill])
     lines = [line for run_dir in _trained(chain) for line in metric_lines(run_dir)]
     in_steps = sum(line["step_seconds"] for line in lines)
     return {
