@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import final
@@ -84,17 +84,24 @@ def main() -> int:
 
 
 def run_part(letter: str, bench: Bench, result: "Results") -> None:
-    """Measure what the part lacks, then plot; a step that fails is noted, and ends the part where the next one needs it. Raises: TimeUp."""
-    part = PARTS[letter]
-    steps = [(f"{letter}_{name}", make) for name, make in part.steps(bench)]
-    for name, make in [*steps, (f"plots_{letter}", lambda: result.plot(letter))]:
+    """Measure what the part lacks, then plot; what fails is noted, and ends the part where the next step needs it. Raises: TimeUp."""
+
+    def is_there(name: str, make: Callable[[], Row]) -> bool:
         try:
             bench.store.once(name, make)
         except (RuntimeError, OSError) as failure:  # a command, a kernel that does not run, too little memory
             result.failed[name] = str(failure)
             sys.stdout.write(f"{name} FAILED: {failure}\n")
-            if part.chained:
-                return
+            return False
+        return True
+
+    part, whole = PARTS[letter], True
+    for name, make in part.steps(bench):
+        whole = is_there(f"{letter}_{name}", make) and whole
+        if part.chained and not whole:
+            return
+    if whole:
+        is_there(f"plots_{letter}", lambda: result.plot(letter))
 
 
 def free_memory() -> None:
