@@ -100,7 +100,7 @@ def main() -> int:
             if (role, sampler) not in known:
                 rows += seed.measured(role, sampler, reader)
                 write(rows, out, size=size)
-        if not known:
+        if not known and seed.seed == seeds[0]:
             replace_file(out.with_name(f"{out.stem}_pictures.png"), png(_sheet(seed).quantize(256)))
     write(rows, out, size=size)
     return 0
@@ -220,6 +220,7 @@ def write(rows: Sequence[Row], out: Path, *, size: Size) -> None:
         "to_finetune": {cell: Spread.of([row.to_finetune for row in mine]) for cell, mine in cells.items()},
         "to_source": {cell: Spread.of([row.to_source for row in mine]) for cell, mine in cells.items()},
     }
+    report = f"{table(figures)}\n{_differences(cells)}"
     result = {
         "command": "python benchmarks/study_roles.py",
         "machine": machine(),
@@ -228,10 +229,10 @@ def write(rows: Sequence[Row], out: Path, *, size: Size) -> None:
         "rows": [asdict(row) for row in rows],
     }
     replace_file(out, json_text(result))
-    replace_file(out.with_suffix(".md"), table(figures))
+    replace_file(out.with_suffix(".md"), report)
     if len(cells) == (2 + len(ROLES)) * len(SAMPLERS) * len(STEPS):
         replace_file(out.with_suffix(".png"), png(_plot(figures)))
-    sys.stdout.write(table(figures))
+    sys.stdout.write(report)
 
 
 TITLES = {"to_finetune": "fine-tuned style", "to_source": "source style"}
@@ -247,6 +248,22 @@ def table(figures: Mapping[str, Mapping[Cell, Spread]]) -> str:
             lines.append(f"| {_words(role)}, {sampler} | {found} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _differences(cells: Mapping[Cell, Sequence[Row]]) -> str:
+    """How much farther from the fine-tuned style than the student of the fine-tuning's images, each seed by itself: seeds differ in
+    their teachers more than roles do."""
+    lines = [f"| farther than fine-tuning | {' | '.join(map(str, STEPS))} |", "| --- |" + " --- |" * len(STEPS)]
+    for role in ROLES:
+        for sampler in SAMPLERS:
+            found = []
+            for steps in STEPS:
+                base = {row.seed: row.to_finetune for row in cells.get(("finetune", sampler, steps), ())}
+                rows = [row for row in cells.get((role, sampler, steps), ()) if row.seed in base]
+                found.append(str(Spread.of([row.to_finetune - base[row.seed] for row in rows])) if rows else "")
+            if role != "finetune" and any(found):
+                lines.append(f"| {_words(role)}, {sampler} | {' | '.join(found)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _words(role: str) -> str:

@@ -119,7 +119,7 @@ def _matmul_teraflops(device: torch.device, side: int) -> float:
         _ = left @ right
         wait(device)
         seconds.append(time.perf_counter() - began)
-    return round(2 * side**3 / statistics.median(seconds) / 1e12, 3)
+    return 2 * side**3 / statistics.median(seconds) / 1e12
 
 
 def wait(device: torch.device) -> None:
