@@ -1,4 +1,4 @@
-"""How every benchmark states a result: a ratio against a baseline taken in the same run, and the machine."""
+"""How every benchmark states a result: a ratio against a baseline taken in the same run, and the machine. Free of torch."""
 
 import json
 import os
@@ -8,9 +8,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from launch.cluster import LocalCluster
 from launch.place import Place
@@ -40,7 +39,7 @@ def machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.machine()
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}"
 
 
 def run_ranks(words: Sequence[str], *, ranks: int) -> None:
