@@ -7,7 +7,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +40,18 @@ def machine() -> str:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.machine()
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}"
+
+
+def put_table(docs: Path, name: str, lines: Iterable[str]) -> None:
+    """Write Markdown between the marks `name: begin` and `name: end` of a document, in the place of what stands there.
+
+    Raises: ValueError if the document lacks the marks."""
+    begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
+    before, found, rest = docs.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{docs}: wanted the marks {begin} and {end}, between which the table stands")
+    docs.write_text("\n".join([f"{before}{begin}", *lines, f"{end}{after}"]), encoding="utf-8")
 
 
 def run_ranks(words: Sequence[str], *, ranks: int) -> None:

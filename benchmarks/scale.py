@@ -8,20 +8,23 @@ collectives and the links in NETWORKS and configs/prices.yaml. Written: benchmar
 tables in docs/scale.md."""
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
-from plot import Line, beside, line_plot
+from measure import put_table
+from PIL import Image
+from plot import Line, below, beside, line_plot
 
 from trainer.config_io import load_recipe, recipe_path
 from trainer.plan.fake_step import measure
 from trainer.plan.from_recipe import plan_input
 from trainer.plan.gpus import Prices, gpu_named, load_prices, usable_bytes
-from trainer.plan.plan import memory_of, speed_of
+from trainer.plan.plan import Speed, memory_of, speed_of
 from trainer.plan.plan_input import PlanInput
 from trainer.plan.traffic import bytes_sent
 from trainer.plan.work import Work, work_of
@@ -73,14 +76,15 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "DDPM 113.67M": ("ddpm_celebahq_cartoon", "data.micro_batch_size=16"),
 }
 """By name: a recipe and what is changed of it."""
-WAYS: Mapping[str, tuple[str, ...]] = {
-    "DDP": ("engine.kind=replicated",),
-    "FSDP2": ("engine.kind=fsdp",),
-    "HSDP": ("engine.kind=fsdp",),
-    "ZeRO-1": ("engine.kind=deepspeed", "engine.zero_stage=1"),
-    "ZeRO-2": ("engine.kind=deepspeed", "engine.zero_stage=2"),
-    "ZeRO-3": ("engine.kind=deepspeed", "engine.zero_stage=3"),
+WAYS: Mapping[str, Mapping[str, object]] = {
+    "DDP": {"kind": "replicated"},
+    "FSDP2": {"kind": "fsdp"},
+    "HSDP": {"kind": "fsdp"},
+    "ZeRO-1": {"kind": "deepspeed", "zero_stage": 1},
+    "ZeRO-2": {"kind": "deepspeed", "zero_stage": 2},
+    "ZeRO-3": {"kind": "deepspeed", "zero_stage": 3},
 }
+"""By name: an engine; HSDP keeps a copy of the model in each node."""
 
 
 def main() -> None:
@@ -89,44 +93,49 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="only these are measured")
     parser.add_argument("--quick", action="store_true", help="one model, nothing written but to standard output")
     options = parser.parse_args()
-    names = ["DDPM 113.67M"] if options.quick else options.models
+    names = [*MODELS][-1:] if options.quick else options.models
     path = RESULTS / "scale.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not options.quick else {}
     prices = load_prices()
-    for name in names:
-        found = kept.setdefault(name, {"memory_bytes": {}})
-        work = work_of(plan_of(name, "DDP", 1))
-        found |= figures(name, work, prices)
-        for way in WAYS:
-            for ranks in MEASURED:
-                key = measured_key(way, ranks)
-                if key not in found["memory_bytes"] and (ranks == 1 or not options.quick):
-                    plan = plan_of(name, way, ranks)
-                    found["memory_bytes"][key] = memory_of(plan, work, measure(plan), kept=(0, 0)).peak
-                    sys.stderr.write(f"{name}, {key}: {found['memory_bytes'][key] / 2**30:.2f} GiB\n")
-                    if not options.quick:
-                        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    tables = "\n".join(line for name in names for line in table(name, kept[name], prices))
-    sys.stdout.write(tables + "\n")
+    plans = {name: alone(name) for name in names}
+    works = {name: work_of(plan) for name, plan in plans.items()}
+    for name, plan in plans.items():
+        kept[name] = {"memory_bytes": {}, **kept.get(name, {}), **figures(plan, works[name], prices)}
+    for name, way, ranks in itertools.product(names, WAYS, MEASURED):
+        found, key = kept[name]["memory_bytes"], measured_key(way, ranks)
+        if key in found or (options.quick and ranks > 1):
+            continue
+        plan = on(plans[name], way, ranks)
+        found[key] = memory_of(plan, works[name], measure(plan), kept=(0, 0)).peak
+        sys.stderr.write(f"{name}, {key}: {found[key] / 2**30:.2f} GiB\n")
+        if not options.quick:
+            path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    tables = [line for name in names for line in table(name, kept[name], prices)]
+    sys.stdout.write("\n".join(tables) + "\n")
     if options.quick or set(kept) != set(MODELS):
         return
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for name in MODELS:
         plots(name, kept[name]).save(RESULTS / f"scale_{file_name(name)}.png", optimize=True)
-    begin, end = "<!-- scale: begin -->", "<!-- scale: end -->"
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(begin)
-    DOCS.write_text(f"{before}{begin}\n{tables}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    put_table(
+        DOCS, "networks", (f"- **{network.name}**: {network.gigabytes_per_second:g} GB/s a GPU: {network.source}." for network in NETWORKS)
+    )
+    put_table(DOCS, "scale", tables)
 
 
-def plan_of(name: str, way: str, ranks: int) -> PlanInput:
-    """A model trained in one way on so many GPUs, each of which computes one micro-batch a step (weak scaling)."""
+def alone(name: str) -> PlanInput:
+    """A model on one GPU, which computes one micro-batch a step."""
     recipe, *words = MODELS[name]
-    micro = int(words[-1].partition("=")[2])
-    words += [f"data.global_batch_size={micro * ranks}", "engine.precision=bf16", "train.activation_checkpointing=false", *WAYS[way]]
-    if way == "HSDP":
-        words.append(f"engine.replicas={max(1, ranks // NODE)}")
-    config = load_recipe(recipe_path(recipe), words)
-    return plan_input(config, world_size=ranks, ranks_per_node=NODE, on_gpu=True)
+    micro_batch_size = words[-1].partition("=")[2]
+    words += [f"data.global_batch_size={micro_batch_size}", "engine.precision=bf16", "train.activation_checkpointing=false"]
+    return plan_input(load_recipe(recipe_path(recipe), words), world_size=1, ranks_per_node=NODE, on_gpu=True)
+
+
+def on(plan: PlanInput, way: str, ranks: int) -> PlanInput:
+    """The same in one way on so many GPUs, each of which computes as much as before (weak scaling)."""
+    replicas = max(1, ranks // NODE) if way == "HSDP" else 1
+    engine = plan.engine.model_copy(update={**WAYS[way], "replicas": replicas})
+    return replace(plan, world_size=ranks, micro_batches=ranks, engine=engine)
 
 
 def measured_key(way: str, ranks: int) -> str:
@@ -136,41 +145,33 @@ def measured_key(way: str, ranks: int) -> str:
     return f"{'FSDP2' if way == 'HSDP' and ranks <= NODE else way} {ranks}"
 
 
-def figures(name: str, work: Work, prices: Prices) -> dict[str, object]:
+def figures(plan: PlanInput, work: Work, prices: Prices) -> dict[str, object]:
     """Bytes that a rank sends, and efficiency on each network: the computing's share of a step."""
-    _, gpu = gpu_named(prices, GPU)
-    sent: dict[str, list[int]] = {}
-    efficiency: dict[str, dict[str, list[float]]] = {network.name: {} for network in NETWORKS}
-    first = {way: plan_of(name, way, 1) for way in WAYS}
-    for way, plan in first.items():
-        ways = [_on(plan, way, ranks) for ranks in RANKS]
-        sent[way] = [sum(bytes_sent(each, work.parts).values()) for each in ways]
-        for network in NETWORKS:
-            links = prices.model_copy(
-                update={
-                    "network_gigabytes_per_second": network.gigabytes_per_second,
-                    "network_latency_microseconds": network.latency_microseconds,
-                }
-            )
-            speeds = [speed_of(each, work, links, gpu) for each in ways]
-            efficiency[network.name][way] = [round(speed.compute_seconds / speed.step_seconds, 4) for speed in speeds if speed is not None]
-    compute = speed_of(first["DDP"], work, prices, gpu)
-    assert compute is not None, "an H100 computes in bf16"
+    ways = {way: [on(plan, way, ranks) for ranks in RANKS] for way in WAYS}
+    alone = _speed(plan, work, prices)
     return {
         "trained": work.trained,
         "frozen": work.frozen,
-        "images_a_gpu": first["DDP"].micro_batch_size,
-        "compute_seconds": compute.compute_seconds,
-        "sent_bytes": sent,
-        "efficiency": efficiency,
+        "images_a_gpu": plan.micro_batch_size,
+        "compute_seconds": alone.compute_seconds,
+        "sent_bytes": {way: [sum(bytes_sent(each, work.parts).values()) for each in plans] for way, plans in ways.items()},
+        "efficiency": {
+            network.name: {way: [_efficiency(each, work, prices, network) for each in plans] for way, plans in ways.items()}
+            for network in NETWORKS
+        },
     }
 
 
-def _on(plan: PlanInput, way: str, ranks: int) -> PlanInput:
-    """The same on more ranks."""
-    replicas = max(1, ranks // NODE) if way == "HSDP" else 1
-    engine = plan.engine.model_copy(update={"replicas": replicas})
-    return replace(plan, world_size=ranks, micro_batches=ranks, engine=engine)
+def _efficiency(plan: PlanInput, work: Work, prices: Prices, network: Network) -> float:
+    links = {"network_gigabytes_per_second": network.gigabytes_per_second, "network_latency_microseconds": network.latency_microseconds}
+    speed = _speed(plan, work, prices.model_copy(update=links))
+    return round(speed.compute_seconds / speed.step_seconds, 4)
+
+
+def _speed(plan: PlanInput, work: Work, prices: Prices) -> Speed:
+    speed = speed_of(plan, work, prices, gpu_named(prices, GPU)[1])
+    assert speed is not None, "an H100 computes in bf16"
+    return speed
 
 
 def table(name: str, found: Mapping, prices: Prices) -> Iterator[str]:
@@ -183,7 +184,7 @@ def table(name: str, found: Mapping, prices: Prices) -> Iterator[str]:
     yield f"{trained}, {found['images_a_gpu']} images a GPU and step, {found['compute_seconds'] * 1e3:.0f} ms of computing.\n"
     yield f"![{name}](../benchmarks/results/scale_{file_name(name)}.png)\n"
     few = [ranks for ranks in MEASURED if ranks > 1]
-    yield f"| way | {' | '.join(f'memory, {_many(ranks)}' for ranks in few)} | {' | '.join(f'sent, {_many(ranks)}' for ranks in few)} |"
+    yield f"| way | {' | '.join(f'memory on {ranks}' for ranks in few)} | {' | '.join(f'sent on {ranks}' for ranks in few)} |"
     yield "| --- |" + " --- |" * 2 * len(few)
     for way in WAYS:
         peaks = [found["memory_bytes"].get(measured_key(way, ranks)) for ranks in few]
@@ -203,48 +204,38 @@ def table(name: str, found: Mapping, prices: Prices) -> Iterator[str]:
     yield ""
 
 
-def plots(name: str, found: Mapping):
-    """Memory, traffic and efficiency on each network over the number of GPUs."""
-    memory = [
-        Line(way, [[found["memory_bytes"][measured_key(way, ranks)] / 2**30] for ranks in MEASURED], colour)
-        for colour, way in enumerate(WAYS)
-    ]
-    pictures = [line_plot(f"{name}: memory of a GPU", [str(ranks) for ranks in MEASURED], memory, x_label="GPUs", y_label="GiB")]
-    pictures.append(_over_ranks(f"{name}: sent by a GPU in a step", RANKS[1:], lambda way: found["sent_bytes"][way][1:], 1e9, "GB"))
-    rows = [beside(pictures)]
-    shown = [
-        _over_ranks(
-            f"{name}: efficiency, {network.name}", RANKS, lambda way, on=network.name: found["efficiency"][on][way], 0.01, "% of a step"
-        )
-        for network in NETWORKS[::2]
-    ]
-    rows.append(beside(shown))
-    return _below(rows)
+def plots(name: str, found: Mapping) -> Image.Image:
+    """Memory, traffic, and efficiency on the fastest and the slowest network over the number of GPUs."""
 
+    def peaks(way: str) -> list[list[float]]:
+        keys = [measured_key(way, ranks) for ranks in MEASURED]
+        return [[found["memory_bytes"][key] / 2**30] if key in found["memory_bytes"] else [] for key in keys]
 
-def _over_ranks(title: str, ranks: Sequence[int], values: Callable[[str], Sequence[float]], unit: float, label: str):
-    lines = [Line(way, [[value / unit] for value in values(way)], colour) for colour, way in enumerate(WAYS)]
-    return line_plot(title, [str(number) for number in ranks], lines, x_label="GPUs, 8 a node", y_label=label)
+    def over_ranks(title: str, ranks: Sequence[int], values: Mapping[str, Sequence[float]], unit: float, label: str) -> Image.Image:
+        lines = [Line(way, [[value / unit] for value in values[way]], colour) for colour, way in enumerate(WAYS)]
+        return line_plot(f"{name}: {title}", [str(number) for number in ranks], lines, x_label="GPUs, 8 a node", y_label=label)
 
-
-def _below(pictures: Sequence):
-    from PIL import Image
-
-    column = Image.new("RGB", (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        column.paste(picture, (0, top))
-        top += picture.height
-    return column
+    memory = [Line(way, peaks(way), colour) for colour, way in enumerate(WAYS)]
+    sent = {way: values[1:] for way, values in found["sent_bytes"].items()}
+    fast, *_, slow = NETWORKS
+    return below(
+        [
+            beside(
+                [
+                    line_plot(
+                        f"{name}: memory of a GPU", [str(ranks) for ranks in MEASURED], memory, x_label="GPUs, 8 a node", y_label="GiB"
+                    ),
+                    over_ranks("sent by a GPU in a step", RANKS[1:], sent, 1e9, "GB"),
+                ]
+            ),
+            beside([over_ranks(f"efficiency, {at.name}", RANKS, found["efficiency"][at.name], 0.01, "% of a step") for at in (fast, slow)]),
+        ]
+    )
 
 
 def file_name(name: str) -> str:
     """Of its plots."""
     return "".join(letter if letter.isalnum() else "_" for letter in name.lower().replace(", ", "_"))
-
-
-def _many(ranks: int) -> str:
-    return f"{ranks} GPUs"
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
-from measure import machine, run_ranks
+from measure import machine, put_table, run_ranks
 from sockets import sent_bytes
 
 from data_shards import ranks
@@ -30,6 +30,7 @@ from trainer.tasks.build import build_task
 from trainer.train import build_engine
 
 SIDE = 32
+RESULTS, DOCS = Path(__file__).parent / "results" / "traffic.json", Path(__file__).parents[1] / "docs" / "scale.md"
 
 
 @final
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES), help="only these")
     parser.add_argument("--recipe", default="tiny_diffusion_53m-tiny", help="of pixels")
     parser.add_argument("--steps", type=int, help="that are counted")
+    parser.add_argument("--docs", action="store_true", help=f"keep the lines in results/{RESULTS.name} and their table in docs/{DOCS.name}")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = [case for case in CASES if case.name.rsplit("_", 1)[0] in options.engines]
@@ -74,34 +76,53 @@ def main() -> None:
     if options.rank:
         _rank(options.rank, options.recipe, cases, steps=steps)
         return
+    lines = []
     for world_size in options.ranks or ([4] if options.quick else [4, 8]):
         with tempfile.TemporaryDirectory() as name:
             out = Path(name) / "counted"
             words = [__file__, "--rank", str(out), "--recipe", options.recipe, "--steps", str(steps), "--engines", *options.engines]
             run_ranks(words, ranks=world_size)
             for case, counted in zip(cases, json.loads(out.read_text()), strict=True):
-                _report(case, options.recipe, counted, steps=steps)
+                lines.append(_line(case, options.recipe, counted, steps=steps))
+                sys.stdout.write(json.dumps(lines[-1]) + "\n")
+                sys.stdout.flush()
+    if options.docs:
+        RESULTS.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        put_table(DOCS, "traffic", table(lines))
 
 
-def _report(case: Case, recipe: str, counted: Sequence[float], *, steps: int) -> None:
+def _line(case: Case, recipe: str, counted: Sequence[float], *, steps: int) -> dict[str, object]:
     """counted: bytes a step of each rank."""
     plan = plan_input(case.config(recipe, len(counted)), world_size=len(counted), ranks_per_node=len(counted), on_gpu=False)
     predicted = dict(bytes_sent(plan, work_of(plan).parts))
     mean, whole = sum(counted) / len(counted), sum(predicted.values())
-    line = {
+    return {
         "name": f"traffic_{case.name}_{len(counted)}_ranks",
         "ratio": round(mean / whole, 4),
+        "repeats": steps,
+        "against": "what plan says",
+        "engine": case.name.rpartition("_")[0],
+        "accumulation": case.accumulation,
+        "ranks": len(counted),
         "counted_bytes_per_step": round(mean),
         "most_of_a_rank": round(max(counted)),
         "predicted_bytes_per_step": whole,
         "predicted": predicted,
-        "counted_steps": steps,
-        "accumulation": case.accumulation,
-        "ranks": len(counted),
         "machine": machine(),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+
+
+def table(lines: Sequence[Mapping]) -> Iterator[str]:
+    """Of all lines, a row for each engine and number of micro-batches: predicted bytes and counted ones by them."""
+    worlds = sorted({line["ranks"] for line in lines})
+    yield f"| engine | micro-batches | {' | '.join(f'predicted on {ranks} | counted' for ranks in worlds)} |"
+    yield "| --- | --- |" + " --- | --- |" * len(worlds)
+    rows: dict[tuple[str, int], dict[int, Mapping]] = {}
+    for line in lines:
+        rows.setdefault((line["engine"], line["accumulation"]), {})[line["ranks"]] = line
+    for (engine, accumulation), found in rows.items():
+        cells = (f"{found[ranks]['predicted_bytes_per_step'] / 1e6:.1f} MB | {found[ranks]['ratio']:.4f}" for ranks in worlds)
+        yield f"| `{engine}` | {accumulation} | {' | '.join(cells)} |"
 
 
 def _rank(out: Path, recipe: str, cases: Sequence[Case], *, steps: int) -> None:
