@@ -65,14 +65,8 @@ NETWORKS = (
     Network("100 GbE", 100 / 8 / NODE, 50, "one port of 100 Gbit/s for the whole node; 50 us a hop over TCP is an assumption"),
 )
 MODELS: Mapping[str, tuple[str, ...]] = {
-    "SD 2.1, full": (
-        "sd21_lora_cartoon",
-        "adaptation={kind: full}",
-        "model.latents=stored",
-        "model.text=stored",
-        "data.micro_batch_size=8",
-    ),
-    "SD 2.1, LoRA": ("sd21_lora_cartoon", "model.latents=stored", "model.text=stored", "data.micro_batch_size=8"),
+    "SD 2.1, full": ("sd21_lora_cartoon", "adaptation={kind: full}", "data.micro_batch_size=8"),
+    "SD 2.1, LoRA": ("sd21_lora_cartoon", "data.micro_batch_size=8"),
     "DDPM 113.67M": ("ddpm_celebahq_cartoon", "data.micro_batch_size=16"),
 }
 """By name: a recipe and what is changed of it."""
@@ -124,11 +118,12 @@ def main() -> None:
 
 
 def alone(name: str) -> PlanInput:
-    """A model on one GPU, which computes one micro-batch a step."""
+    """A model on one GPU, which computes one micro-batch a step; its network alone, as if latents and text states came from the shards."""
     recipe, *words = MODELS[name]
     micro_batch_size = words[-1].partition("=")[2]
     words += [f"data.global_batch_size={micro_batch_size}", "engine.precision=bf16", "train.activation_checkpointing=false"]
-    return plan_input(load_recipe(recipe_path(recipe), words), world_size=1, ranks_per_node=NODE, on_gpu=True)
+    plan = plan_input(load_recipe(recipe_path(recipe), words), world_size=1, ranks_per_node=NODE, on_gpu=True)
+    return replace(plan, frozen=(), drawing=())
 
 
 def on(plan: PlanInput, way: str, ranks: int) -> PlanInput:
