@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -32,15 +32,24 @@ PEERS = {
 @final
 @dataclass(frozen=True)
 class Benchmark:
-    """A file of this folder. peer: the checkout that it is compared with, as its option of that name."""
+    """A file of this folder."""
 
     name: str
     peer: str | None = None
+    """The checkout that it is compared with, as its option of that name."""
+    others: bool = False
+    """It has baselines besides, and runs without the checkout, too."""
 
     def command(self, peers: Mapping[str, Path], *, quick: bool) -> list[str]:
         """Of its process, from the repository's root."""
         words = [str(Path("benchmarks") / f"{self.name}.py"), *(["--quick"] if quick else [])]
-        return words + ([f"--{self.peer}", str(peers[self.peer])] if self.peer else [])
+        return words + ([f"--{self.peer}", str(peers[self.peer])] if self.peer in peers else [])
+
+    def missing(self, peers: Collection[str]) -> str | None:
+        """What it lacks to be compared with its peer. peers: those that are given."""
+        if self.peer is None or self.peer in peers:
+            return None
+        return f"it wants --{self.peer} DIR: {PEERS[self.peer]} DIR"
 
 
 BENCHMARKS = (
@@ -50,7 +59,7 @@ BENCHMARKS = (
     Benchmark("checkpoint"),
     Benchmark("resume"),
     Benchmark("sampling"),
-    Benchmark("halving", peer="hramchenko"),
+    Benchmark("halving", peer="hramchenko", others=True),
     Benchmark("latent_step", peer="diffusers"),
     Benchmark("unconditional_step", peer="diffusers"),
     Benchmark("launch_overhead"),
@@ -78,14 +87,14 @@ def main() -> None:
     asked = [benchmark for benchmark in BENCHMARKS if not options.names or benchmark.name in options.names]
     failed = []
     for benchmark in asked:
-        if benchmark.peer is not None and benchmark.peer not in peers:
+        if benchmark.missing(peers) and not benchmark.others:
             continue
-        if not options.again and results.has(benchmark.name):
+        if not options.again and results.has(benchmark, peers):
             sys.stderr.write(f"{benchmark.name}: kept from {results.path}; --again runs it anew\n")
             continue
         if not run(benchmark, benchmark.command(peers, quick=options.quick), results):
             failed.append(benchmark.name)
-    sys.stdout.write("\n".join(table(results, asked, failed)) + "\n")
+    sys.stdout.write("\n".join(table(results, asked, peers, failed)) + "\n")
     sys.exit(1 if failed else 0)
 
 
@@ -99,9 +108,10 @@ class Results:
         # Ratios of two machines do not belong in one table.
         self.found: dict[str, dict] = kept.get("benchmarks", {}) if kept.get("machine") == machine() else {}
 
-    def has(self, name: str) -> bool:
-        """Whether this one has ended."""
-        return name in self.found
+    def has(self, benchmark: Benchmark, peers: Collection[str]) -> bool:
+        """Whether this one has ended, with its peer if that is given now."""
+        kept = self.found.get(benchmark.name)
+        return kept is not None and (benchmark.peer not in peers or f"--{benchmark.peer} " in kept["command"])
 
     def keep(self, name: str, entry: dict[str, object]) -> None:
         """Take it into the file."""
@@ -136,23 +146,24 @@ def run(benchmark: Benchmark, words: Sequence[str], results: Results) -> bool:
     return True
 
 
-def table(results: Results, asked: Sequence[Benchmark], failed: Sequence[str]) -> Iterator[str]:
-    """Rows of Markdown under the machine's name: what was asked for, and what was not run, with the reason. failed: names."""
+def table(results: Results, asked: Sequence[Benchmark], peers: Collection[str], failed: Sequence[str]) -> Iterator[str]:
+    """Rows of Markdown under the machine's name: what was asked for, and what was not run, with the reason.
+
+    peers: those that are given. failed: names of benchmarks."""
     yield f"{machine()}\n"
     yield "| name | result | low | high | repeats | against |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    missing = []
     for benchmark in asked:
-        if not results.has(benchmark.name):
-            missing.append(benchmark)
-            continue
-        for line in results.found[benchmark.name]["lines"]:
+        for line in results.found.get(benchmark.name, {"lines": []})["lines"]:
             yield _row(line)
-    if missing:
-        yield ""
-    for benchmark in missing:
-        wanted = "" if benchmark.peer is None else f"it wants --{benchmark.peer} DIR: {PEERS[benchmark.peer]} DIR"
-        yield f"{benchmark.name}: " + ("failed, see above" if benchmark.name in failed else f"not run; {wanted}")
+    yield ""
+    for benchmark in asked:
+        if benchmark.name in failed:
+            yield f"{benchmark.name}: failed, see above"
+        elif benchmark.name not in results.found:
+            yield f"{benchmark.name}: not run; {benchmark.missing(peers)}"
+        elif benchmark.peer and f"--{benchmark.peer} " not in results.found[benchmark.name]["command"]:
+            yield f"{benchmark.name}: run without its peer; {benchmark.missing(peers)}"
 
 
 def _row(line: Mapping[str, object]) -> str:

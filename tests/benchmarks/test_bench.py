@@ -67,6 +67,18 @@ def test_what_has_ended_is_kept_until_it_is_asked_for_again(run: Run, tmp_path: 
     assert len(ran(tmp_path)) == 3
 
 
+def test_one_with_other_baselines_runs_without_its_peer_and_again_with_it(
+    bench: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "BENCHMARKS", (bench.Benchmark("one", peer="diffusers", others=True),))
+    (tmp_path / "peer").mkdir()
+    assert run() == run() == 0
+    assert "one: run without its peer; it wants --diffusers DIR" in capfd.readouterr().out
+    words = f"--diffusers={tmp_path / 'peer'}"
+    assert run(words) == run(words) == run() == 0
+    assert ran(tmp_path) == ["", f"--diffusers {tmp_path / 'peer'}"]
+
+
 def test_a_smoke_test_does_not_touch_the_figures(run: Run, tmp_path: Path) -> None:
     assert run("one", "--quick") == 0
     assert ran(tmp_path) == ["--quick"]
