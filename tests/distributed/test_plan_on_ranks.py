@@ -61,7 +61,7 @@ def test_predicted_traffic_is_what_the_sockets_send(kind: str, pool: PoolOf) -> 
     plan = case.plan(2)
     counted = pool(2).run("tests.distributed.plan_jobs:count_sent_bytes", {"case": asdict(case), "ranks": 2})
     predicted = sum(bytes_sent(plan, work_of(plan).parts).values())
-    assert cast(Sequence[float], counted) == pytest.approx([predicted, predicted], rel=0.02)
+    assert cast(Sequence[float], counted) == pytest.approx([predicted, predicted], rel=0.005)
 
 
 def assert_predicted(case: Case, ranks: int, pool: PoolOf) -> None:
