@@ -2,18 +2,25 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines test-models test-cluster test-all lint setup clean
+.PHONY: help demo test test-engines test-models test-cluster test-all lint bench setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
+WITH_PEERS := $(VENV)/.installed-bench
 INPUTS := pyproject.toml constraints.txt
 SAMPLE := "not engines and not models and not all_kills and not all_cases and not cluster"
 # Tests of one process each, which two processes share; the others start ranks and servers, and get the machine for themselves.
-IN_ONE_PROCESS := tests/data_shards tests/launch tests/trainer
+IN_ONE_PROCESS := tests/benchmarks tests/data_shards tests/launch tests/trainer
 # The interpreter for .venv: `make setup PYTHON=/path/to/python3.12` chooses another.
 PYTHON ?=
+# Of make bench: names of benchmarks, all if empty; short ones; those that are kept, too; peers that are checkouts.
+BENCH ?=
+QUICK ?=
+AGAIN ?=
+HRAMCHENKO ?=
+DIFFUSERS ?=
 # Where torch's small CPU build lies; used on Linux machines without an NVIDIA GPU, if it can be reached.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -44,6 +51,10 @@ lint: $(DEV) ## ruff format, ruff, pyright and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: $(WITH_PEERS) ## every benchmark in one table; BENCH="reader pack" QUICK=1 AGAIN=1 HRAMCHENKO=DIR DIFFUSERS=DIR
+	$(BIN)/python benchmarks/bench.py $(BENCH) $(if $(QUICK),--quick) $(if $(AGAIN),--again) \
+	  $(if $(HRAMCHENKO),--hramchenko '$(HRAMCHENKO)') $(if $(DIFFUSERS),--diffusers '$(DIFFUSERS)')
 
 setup: $(DEV) ## .venv with everything that development needs
 
@@ -82,3 +93,7 @@ $(CORE): $(INPUTS) | $(BIN)/python
 $(DEV): $(INPUTS) | $(BIN)/python
 	$(call INSTALL,.[dev])
 	@touch $(CORE)
+
+$(WITH_PEERS): $(INPUTS) | $(BIN)/python
+	$(call INSTALL,.[dev,bench])
+	@touch $(CORE) $(DEV)

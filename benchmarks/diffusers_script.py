@@ -33,9 +33,7 @@ def main() -> None:
 
     transformers.utils.import_utils.is_torchvision_available()
     package, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-    parts = (InterpolationMode, compose, resize, crop, crop, as_is, to_tensor, normalize)
-    names = ("InterpolationMode", "Compose", "Resize", "CenterCrop", "RandomCrop", "Lambda", "ToTensor", "Normalize")
-    for name, part in zip(names, parts, strict=True):
+    for name, part in PARTS.items():
         setattr(transforms, name, part)
     package.transforms = transforms  # type: ignore[attr-defined]
     sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}
@@ -91,6 +89,29 @@ def normalize(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor],
     """Less the mean, by the deviation."""
     centre, spread = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     return lambda image: image.sub_(centre).div_(spread)
+
+
+def not_used(*_: object) -> Callable:
+    """What the scripts name for options that the benchmarks do not set. Raises: RuntimeError when it is called on an image."""
+
+    def apply(image: object) -> object:
+        raise RuntimeError("this transform has no stand-in")
+
+    return apply
+
+
+PARTS = {
+    "InterpolationMode": InterpolationMode,
+    "Compose": compose,
+    "Resize": resize,
+    "CenterCrop": crop,
+    "RandomCrop": crop,
+    "Lambda": as_is,
+    "ToTensor": to_tensor,
+    "Normalize": normalize,
+    "PILToTensor": not_used,
+    "ConvertImageDtype": not_used,
+}
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, put_table
 from tests.distributed.grid import CASES, ENGINES, OBJECTIVES, RANKS, STEPS, TOLERANCE, Case, Grid
 from tests.distributed.pool import Pools
 
 DOCS = Path(__file__).parents[1] / "docs" / "engines.md"
-BEGIN, END = "<!-- engine grid: begin -->", "<!-- engine grid: end -->"
 
 
 def main() -> None:
@@ -25,11 +24,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         differences = measure(Path(folder))
-    text = "\n".join(table(differences))
-    sys.stdout.write(f"{text}\n")
+    lines = list(table(differences))
+    sys.stdout.write("\n".join(lines) + "\n")
     if options.docs:
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        DOCS.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        put_table(DOCS, "engine grid", lines)
     if max(differences.values()) > TOLERANCE:
         sys.exit(f"error: a loss is off by more than {TOLERANCE:.0e}")
 

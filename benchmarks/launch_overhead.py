@@ -1,6 +1,6 @@
 """From the command to the first step, on this machine's own ranks, on a real Slurm and on a real Ray; and where a rank's start goes.
 
-    .venv/bin/python -m benchmarks.launch_overhead [--quick]        about 4 minutes on 2 cores
+    .venv/bin/python -m benchmarks.launch_overhead [--quick]        about 7 minutes on 2 cores
 
 Run as a module from the repository's root: the clusters are those of tests/cluster."""
 
@@ -31,8 +31,8 @@ Clusters = dict[str, tuple[tuple[str, ...], dict[str, str]]]
 def main() -> None:
     """Print a JSON line for each launcher and one for each phase of a rank's start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repeat instead of three")
-    repeats = 1 if parser.parse_args().quick else 3
+    parser.add_argument("--quick", action="store_true", help="one repeat instead of five")
+    repeats = 1 if parser.parse_args().quick else 5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = pack_faces(FacesConfig(count=96, size=16), folder / "faces")

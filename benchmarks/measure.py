@@ -1,4 +1,4 @@
-"""How every benchmark states a result: a ratio against a baseline taken in the same run, and the machine."""
+"""How every benchmark states a result: a ratio against a baseline taken in the same run, and the machine. Free of torch."""
 
 import json
 import os
@@ -7,10 +7,9 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from launch.cluster import LocalCluster
 from launch.place import Place
@@ -40,7 +39,19 @@ def machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.machine()
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}"
+
+
+def put_table(docs: Path, name: str, lines: Iterable[str]) -> None:
+    """Write Markdown between the marks `name: begin` and `name: end` of a document, in the place of what stands there.
+
+    Raises: ValueError if the document lacks the marks."""
+    begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
+    before, found, rest = docs.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{docs}: wanted the marks {begin} and {end}, between which the table stands")
+    docs.write_text("\n".join([f"{before}{begin}", *lines, f"{end}{after}"]), encoding="utf-8")
 
 
 def run_ranks(words: Sequence[str], *, ranks: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from measure import print_ratio
 from PIL import Image, ImageOps
 
 from data_shards.images import encode_image
@@ -49,8 +50,6 @@ def draw(folder: Path, images: int) -> None:
 
 def compare(root: Path, *, workers: int, repeats: int, images: int) -> None:
     """Print a line; each repeat packs both ways, which goes first alternates."""
-    from measure import print_ratio  # imports torch, which would slow down the start of every process
-
     ways: dict[str, Callable[[Path], None]] = {
         "ours": lambda out: our_pack(root / "photos", out, workers),
         "webdataset": lambda out: their_pack(root / "photos", out, workers),

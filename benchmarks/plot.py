@@ -75,6 +75,16 @@ def beside(pictures: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
+def below(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width in a column."""
+    column = Image.new("RGB", (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        column.paste(picture, (0, top))
+        top += picture.height
+    return column
+
+
 def _round_values(low: float, high: float) -> list[float]:
     """1, 1.5, 2, 3, 5 and 7 times powers of ten in between; where those are fewer than three, multiples of 1, 2 or 5 times one."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -1,10 +1,12 @@
-"""What a pool's ranks do in tests of plans: real steps of a small network, with the bytes of its live tensors counted."""
+"""What a pool's ranks do in tests of plans: real steps of a small network, with the bytes counted of its live tensors, or on sockets."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from benchmarks.sockets import sent_bytes
+from data_shards.ranks import barrier
 from tests.trainer.plan.networks import Case
 from trainer.engines.deepspeed_zero import DeepSpeedZero
 from trainer.engines.engine import Engine, LossPerImage
@@ -17,28 +19,43 @@ from trainer.plan.plan_input import PlanInput
 _STEPS = 2
 
 
+def count_sent_bytes(case: dict[str, object], ranks: int) -> float:
+    """What this rank's sockets send in a step; the first one, which makes what later ones keep, does not count. Collective."""
+    plan = Case(**case).plan(ranks)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        engine = _engine(plan)
+        before = 0
+        for step in range(1 + _STEPS):
+            if step == 1:
+                barrier()
+                before = sent_bytes()
+            engine.step(step, _batches(plan), learning_rate=1e-4, votes=(0.0,), loss_limit=None)
+        barrier()
+    return (sent_bytes() - before) / _STEPS
+
+
 def count_live_bytes(case: dict[str, object], ranks: int) -> list[int]:
     """The largest sum of live tensor bytes of each step on this rank. Collective."""
     plan = Case(**case).plan(ranks)  # type: ignore[arg-type]
     peaks = []
     with torch.random.fork_rng(), LiveBytes() as live:
         engine = _engine(plan)
-        inputs = torch.randn(plan.micro_batch_size, *plan.shapes.x_t), torch.full((plan.micro_batch_size,), 500.0)
-        cond = {name: torch.randn(plan.micro_batch_size, *shape) for name, shape in (plan.shapes.cond or {}).items()}
         for step in range(_STEPS):
             live.restart_peak()
-            losses = _losses(inputs, cond, count=plan.accumulation)
-            result = engine.step(step, losses, learning_rate=1e-4, votes=(0.0,), loss_limit=None)
+            result = engine.step(step, _batches(plan), learning_rate=1e-4, votes=(0.0,), loss_limit=None)
             assert result.outcome == "applied", result
             peaks.append(live.tally.peak)
     return peaks
 
 
-def _losses(inputs: tuple[Tensor, Tensor], cond: dict[str, Tensor], *, count: int) -> Iterator[LossPerImage]:
+def _batches(plan: PlanInput) -> Iterator[LossPerImage]:
+    inputs = torch.randn(plan.micro_batch_size, *plan.shapes.x_t), torch.full((plan.micro_batch_size,), 500.0)
+    cond = {name: torch.randn(plan.micro_batch_size, *shape) for name, shape in (plan.shapes.cond or {}).items()}
+
     def loss(network: Network) -> Tensor:
         return network(*inputs, cond).float().square().flatten(1).mean(1)
 
-    for _ in range(count):
+    for _ in range(plan.accumulation):
         yield loss
 
 

@@ -1,4 +1,4 @@
-"""What a plan says of a rank's memory is what its tensors really take, counted on ranks that really train."""
+"""What a plan says of a rank's memory and traffic is what its tensors and sockets really take, counted on ranks that really train."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -9,6 +9,8 @@ import pytest
 from tests.distributed.pool import RankPool
 from tests.trainer.plan.networks import Case
 from trainer.plan.fake_step import measure
+from trainer.plan.traffic import bytes_sent
+from trainer.plan.work import work_of
 
 pytestmark = pytest.mark.distributed
 
@@ -42,6 +44,24 @@ def test_predicted_bytes_are_those_counted_on_two_ranks(case: Case, pool: PoolOf
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_predicted_bytes_are_those_counted_under_every_engine(case: Case, ranks: int, pool: PoolOf) -> None:
     assert_predicted(case, ranks, pool)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "zero_1",
+        "zero_2",
+        "zero_3",
+        pytest.param("replicated", marks=pytest.mark.all_cases),
+        pytest.param("fsdp", marks=pytest.mark.all_cases),
+    ],
+)
+def test_predicted_traffic_is_what_the_sockets_send(kind: str, pool: PoolOf) -> None:
+    case = Case(kind, accumulation=2)
+    plan = case.plan(2)
+    counted = pool(2).run("tests.distributed.plan_jobs:count_sent_bytes", {"case": asdict(case), "ranks": 2})
+    predicted = sum(bytes_sent(plan, work_of(plan).parts).values())
+    assert cast(Sequence[float], counted) == pytest.approx([predicted, predicted], rel=0.005)
 
 
 def assert_predicted(case: Case, ranks: int, pool: PoolOf) -> None:

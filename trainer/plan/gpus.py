@@ -39,7 +39,11 @@ class Prices(Section):
     fragmentation: Fraction
     """Share of the memory that the allocator leaves unused."""
     network_gigabytes_per_second: Positive
-    """1e9 bytes a second that a rank sends to other nodes."""
+    """1e9 bytes a second to other nodes, for each rank of a node: what the node's links carry, by its ranks."""
+    node_latency_microseconds: Positive
+    """From a rank to the next one of its node, in a collective."""
+    network_latency_microseconds: Positive
+    """From a node to the next one, in a collective."""
     host_gigabytes_per_second: Positive
     """1e9 bytes a second between a GPU and its host's memory."""
     gpus: Mapping[str, Gpu]

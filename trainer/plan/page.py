@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from trainer.plan.gpus import PRICES_FILE, Prices
-from trainer.plan.plan import Plan
+from trainer.plan.plan import Plan, Speed
 from trainer.plan.ways_out import WayOut
 
 _KINDS = {
@@ -92,7 +92,7 @@ def _time(plan: Plan, prices: Prices) -> Iterator[str]:
         yield f"Time: a {name} has no units for {precision}, so none is estimated; set engine.precision=fp16 or fp32."
         return
     yield _row(f"Time of a step on {source.world_size} x {name}", f"about {_seconds(speed.step_seconds)}")
-    traffic = f"{_seconds(speed.traffic_seconds)} sending, {'beside it' if speed.overlapped else 'after it'}"
+    traffic = f"{_seconds(speed.traffic_seconds)} sending{_beside(speed)}"
     to_host = f", {_seconds(speed.host_seconds)} to and from main memory" if speed.host_seconds else ""
     yield _row("  of which", f"{_seconds(speed.compute_seconds)} computing, {traffic}{to_host}")
     if speed.step_seconds < _STARTING_SECONDS:
@@ -106,6 +106,13 @@ def _time(plan: Plan, prices: Prices) -> Iterator[str]:
     )
     yield f"  Assumed: {prices.utilisation:.0%} of the data sheet's {precision} peak, {rate}, data always in time."
     yield f"  Prices are placeholders until you put yours into {PRICES_FILE} (of {prices.date})."
+
+
+def _beside(speed: Speed) -> str:
+    """How much of the sending the computing does not hide."""
+    if speed.exposed_seconds == 0:
+        return ", beside it"
+    return ", after it" if speed.exposed_seconds == speed.traffic_seconds else f", {_seconds(speed.exposed_seconds)} of it after it"
 
 
 def _disk(plan: Plan) -> Iterator[str]:

@@ -8,7 +8,7 @@ from trainer.models.flops import named_peak
 from trainer.plan.fake_step import Measured, kept_activations, measure
 from trainer.plan.gpus import Gpu, Prices, gpu_named, usable_bytes
 from trainer.plan.plan_input import PlanInput
-from trainer.plan.traffic import bytes_sent
+from trainer.plan.traffic import Links, bytes_sent, collectives
 from trainer.plan.work import Work, work_of
 
 _MOMENTS = 2
@@ -48,10 +48,11 @@ class Speed:
 
     compute_seconds: float
     traffic_seconds: float
+    """Of all collectives of a step, one after the other."""
+    exposed_seconds: float
+    """Of those that do not go on beside the computing."""
     host_seconds: float
     """Of a step, between the device and its host's memory."""
-    overlapped: bool
-    """Whether the traffic goes on beside the computing."""
     step_seconds: float
     run_hours: float
     usd: float
@@ -161,19 +162,31 @@ def _share(source: PlanInput, size_bytes: int) -> int:
 
 
 def speed_of(source: PlanInput, work: Work, prices: Prices, gpu: Gpu) -> Speed | None:
-    """Time and money; None where the GPU has no units for the precision. Traffic of replicas follows the backward pass."""
+    """Time and money; None where the GPU has no units for the precision.
+
+    What is sent beside the computing costs time only where it takes longer; what is sent after it always does."""
     peak = named_peak(gpu.peak, source.engine.precision)
     if peak is None:
         return None
     compute = _step_flops(source, work) / source.world_size / (peak * prices.utilisation) * source.compute_factor
-    one_node = source.world_size <= source.ranks_per_node
-    sent = sum(bytes_sent(source, work.parts).values())
-    traffic = sent / ((gpu.node_gigabytes_per_second if one_node else prices.network_gigabytes_per_second) * 1e9)
+    links = _links(source, prices, gpu)
+    seconds = [(each.seconds(links), each.hidden) for each in collectives(source, work.parts, units=work.units)]
+    traffic = sum(taken for taken, _ in seconds)
+    exposed = sum(taken * (1 - hidden) for taken, hidden in seconds)
     host = _host_bytes(source, work) / (prices.host_gigabytes_per_second * 1e9)
-    overlapped = source.engine.kind != "replicated"
-    step = (max(compute, traffic) if overlapped else compute + traffic) + host
+    step = max(compute, traffic - exposed) + exposed + host
     hours = step * source.steps / 3600
-    return Speed(compute, traffic, host, overlapped, step, hours, hours * source.world_size * gpu.usd_per_hour)
+    return Speed(compute, traffic, exposed, host, step, hours, hours * source.world_size * gpu.usd_per_hour)
+
+
+def _links(source: PlanInput, prices: Prices, gpu: Gpu) -> Links:
+    return Links(
+        ranks_per_node=source.ranks_per_node,
+        node_gigabytes_per_second=gpu.node_gigabytes_per_second,
+        node_latency_seconds=prices.node_latency_microseconds * 1e-6,
+        network_gigabytes_per_second=prices.network_gigabytes_per_second,
+        network_latency_seconds=prices.network_latency_microseconds * 1e-6,
+    )
 
 
 def _step_flops(source: PlanInput, work: Work) -> int:

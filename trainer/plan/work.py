@@ -24,6 +24,8 @@ class Work:
     """Operations of one image's forward pass, 2 a multiply-add: convolutions, matrix products and attention."""
     backward_flops: int
     """Of its backward pass; less than twice the forward pass's where weights are frozen."""
+    units: int = 1
+    """Parts that a sharded engine gathers at a time."""
 
     @property
     def trained(self) -> int:
@@ -42,6 +44,7 @@ def work_of(plan: PlanInput) -> Work:
     with torch.device("meta"):
         module = plan.build()
         trained, parts = _components(module), tuple(_part(parameter) for parameter in module.parameters())
+        units = len(plan.units(module)) + 1
         module = module.float().train()
         inputs: list[object] = [torch.empty(1, *plan.shapes.x_t), torch.zeros(1)]
         if plan.shapes.cond is not None:
@@ -51,7 +54,7 @@ def work_of(plan: PlanInput) -> Work:
             forward = counter.get_total_flops()
             output.square().mean().backward()
             total = counter.get_total_flops()
-    return Work(trained, parts, forward, total - forward)
+    return Work(trained, parts, forward, total - forward, units)
 
 
 def _part(parameter: Tensor) -> Part:

@@ -23,6 +23,7 @@ def prices() -> Prices:
     """A table with one GPU that has 105 MiB for tensors."""
     tiny = Gpu(peak="A100", memory_gib=105 / 1024, node_gigabytes_per_second=10.0, usd_per_hour=2.0)
     table = load_prices().model_copy(update={"reserved_gib": 0.0, "fragmentation": 0.0, "utilisation": 0.5})
+    table = table.model_copy(update={"node_latency_microseconds": 0.0, "network_latency_microseconds": 0.0})
     return table.model_copy(update={"gpus": {"tiny-105mb": tiny}})
 
 
@@ -102,15 +103,23 @@ def test_frozen_encoders_and_offload_change_the_peak_by_their_bytes() -> None:
 
 
 def test_time_and_cost_follow_from_the_assumptions(prices: Prices) -> None:
-    plan = Case("fsdp", "bf16").plan(8)
+    plan = replace(Case("fsdp", "bf16").plan(8), on_gpu=True)
     work = work_of(plan)
     speed = speed_of(plan, work, prices, prices.gpus["tiny-105mb"])
     assert speed is not None
     flops = 8 * (work.forward_flops + work.backward_flops)
     assert speed.compute_seconds == pytest.approx(2 * flops / 8 / (312e12 * 0.5))
     assert speed.traffic_seconds == pytest.approx(sum(bytes_sent(plan, work.parts).values()) / 10e9)
+    assert speed.exposed_seconds == 0
     assert speed.step_seconds == max(speed.compute_seconds, speed.traffic_seconds)
     assert speed.usd == pytest.approx(speed.step_seconds * 1000 / 3600 * 8 * 2.0)
+
+
+def test_what_is_sent_after_the_computing_adds_to_the_step(prices: Prices) -> None:
+    plan = replace(Case("zero_2").plan(8), on_gpu=True)
+    speed = speed_of(plan, work_of(plan), prices, prices.gpus["tiny-105mb"])
+    assert speed is not None and speed.exposed_seconds == speed.traffic_seconds > 0
+    assert speed.step_seconds == speed.compute_seconds + speed.traffic_seconds
 
 
 @pytest.mark.all_cases

@@ -1,0 +1,104 @@
+"""Images a second of `halfstep train` against diffusers' train_unconditional.py on the same U-Net, run beside it.
+
+Two CPU ranks of one thread, the same pictures, batch, precision and settings: a step draws noise and times, predicts the noise, clips,
+updates by AdamW and averages the weights. Theirs is examples/unconditional_image_generation/train_unconditional.py of a checkout
+(--diffusers), untouched, on accelerate. Both sides run turn about; a clock hooked to torch's optimizers notes when each step of rank 0
+ends, in wall seconds and in CPU seconds of its process.
+
+`fp32`, `bf16`: equal precision and settings. `best`: the fastest of each side's documented settings: ours in bf16, as images lie or
+channels last, compiled (train.compile) or not; theirs in either precision, compiled (accelerate's ACCELERATE_DYNAMO_BACKEND=inductor)
+or not. --quick compiles neither."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from diffusers_steps import RANKS, Bench, Recipe, Speed, check_scripts, fastest, report
+
+from trainer.config import TinyUNetConfig
+from trainer.models.tiny_unet import build_tiny_unet
+
+SCRIPT = "examples/unconditional_image_generation/train_unconditional.py"
+BATCH, SIDE = 8, 64
+# Their script draws pictures at the end of its first epoch, which a run must not come to.
+PICTURES = 1024
+MODEL = TinyUNetConfig(
+    channels=(64, 128, 192, 192), attention=(False, False, True, True), layers_per_block=2, attention_heads=4, norm_groups=32
+)
+
+
+def main() -> None:
+    """Print a JSON line for each way of running it, of wall time and of processor time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diffusers", type=Path, required=True, help="a checkout of github.com/huggingface/diffusers")
+    parser.add_argument("--quick", action="store_true", help="one short repeat, about five minutes")
+    parser.add_argument("--repeats", type=int, help="repeats to take (1 with --quick, else 5)")
+    options = parser.parse_args()
+    check_scripts(parser, options.diffusers, [SCRIPT])
+    steps, repeats = (8, 1) if options.quick else (24, 5)
+    assert steps * RANKS * BATCH < PICTURES, "no epoch ends"
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), options.diffusers.resolve())
+        bench.write_pictures(PICTURES, SIDE)
+        build_tiny_unet(MODEL, SIDE).save_config(_shape(bench))
+        rounds = [_round(bench, steps=steps, compiled=not options.quick) for _ in range(options.repeats or repeats)]
+        for way in ("fp32", "bf16"):
+            _report(way, [(each[f"theirs {way}"], each[f"ours {way}"]) for each in rounds])
+        best = [[fastest([speed for way, speed in each.items() if way.startswith(side)]) for side in ("theirs", "ours")] for each in rounds]
+        _report("best", [(theirs, ours) for theirs, ours in best])
+
+
+def _report(way: str, pairs: list[tuple[Speed, Speed]]) -> None:
+    report(f"unconditional_step_{way}", pairs, against="diffusers' train_unconditional.py", images=RANKS * BATCH)
+
+
+def _shape(bench: Bench) -> Path:
+    """The U-Net's config.json."""
+    return bench.folder / "unet"
+
+
+def _round(bench: Bench, *, steps: int, compiled: bool) -> dict[str, Speed]:
+    """Every way once, ours and theirs by turns."""
+    ways = {}
+    for precision in ("fp32", "bf16"):
+        ways[f"ours {precision}"] = bench.ours(precision, _recipe(bench, precision), steps=steps)
+        ways[f"theirs {precision}"] = _theirs(bench, precision, steps=steps)
+    last = {"memory_format": "channels_last"}
+    ways["ours bf16 channels_last"] = bench.ours("bf16 channels_last", _recipe(bench, "bf16", **last), steps=steps)
+    if compiled:
+        for precision in ("fp32", "bf16"):
+            ways[f"theirs {precision} compiled"] = _theirs(bench, precision, steps=steps, compiled=True)
+        ways["ours bf16 compiled"] = bench.ours("bf16 compiled", _recipe(bench, "bf16", compile=True), steps=steps)
+        recipe = _recipe(bench, "bf16", compile=True, **last)
+        ways["ours bf16 channels_last compiled"] = bench.ours("bf16 channels_last compiled", recipe, steps=steps)
+    return ways
+
+
+def _recipe(bench: Bench, precision: str, **train: object) -> Recipe:
+    """The settings of their script. train: of the section of that name."""
+    return {
+        "data": {"shards": str(bench.shards), "global_batch_size": RANKS * BATCH, "micro_batch_size": BATCH},
+        "model": MODEL.model_dump(mode="json"),
+        "objective": {"kind": "denoising", "prediction": "eps", "loss": "mse"},
+        "noise_schedule": {"kind": "linear", "steps": 1000},
+        "optim": {"learning_rate": 1e-4, "betas": [0.95, 0.999], "weight_decay": 1e-6},
+        "lr_schedule": {"kind": "constant"},
+        "ema": {"decay": 0.9999},
+        "train": train,
+        "engine": {"precision": precision},
+        "logging": {"sample_every_steps": 0},
+    }
+
+
+def _theirs(bench: Bench, precision: str, *, steps: int, compiled: bool = False) -> Speed:
+    words = ["--train_data_dir", str(bench.pictures), "--cache_dir", str(bench.folder / "cache")]
+    words += ["--model_config_name_or_path", str(_shape(bench)), "--resolution", str(SIDE), "--center_crop"]
+    words += ["--train_batch_size", str(BATCH), "--num_epochs", "1000", "--use_ema"]
+    words += ["--learning_rate", "1e-4", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--checkpointing_steps", "1000000"]
+    words += ["--mixed_precision", {"fp32": "no"}.get(precision, precision)]
+    variables = {"ACCELERATE_DYNAMO_BACKEND": "inductor"} if compiled else {}
+    return bench.theirs(f"{precision}{' compiled' if compiled else ''}", SCRIPT, words, steps=steps, variables=variables)
+
+
+if __name__ == "__main__":
+    main()
