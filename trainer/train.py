@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from data_shards import ranks
+from trainer.auto_measure import settle
 from trainer.checkpoint import Piece, agree_on_pieces, agreed_checkpoint, load_state
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
@@ -53,6 +54,7 @@ def train(run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str |
         except RollBack as bad:
             logger.warning("%s; going back to the newest checkpoint", bad)
             previous_end = f"rolled back: {bad}"
+            config = load_recipe(run_dir / "recipe.yaml", [])  # in which what was measured is frozen by now
 
 
 def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None, allow_fresh: bool) -> int:
@@ -67,6 +69,11 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
     watch.phase("data", 0)
     data = TrainingData.open(config, run_dir, fields=needed_fields(config))
+    if config.train.to_measure:
+        settled = settle(config, run_dir, data, start_step=checkpoint.step if checkpoint else 0, stop=stop, watch=watch)
+        if settled is None:
+            return CALL_AGAIN
+        config = settled
     watch.phase("model", 0)
     task = build_task(config, run_dir, data.image_size, data=data)
     engine = build_engine(config, task)
@@ -101,10 +108,10 @@ def build_engine(config: RunConfig, task: Task) -> Engine:
                 optim=config.optim,
                 ema=config.ema,
                 precision=engine.precision,
-                memory_format=train.memory_format,
+                memory_format=train.layout,
                 micro_batches=config.micro_batches,
                 votes=VOTES,
-                compile=train.compile,
+                compile=train.compiles,
             )
         case "fsdp":
             from trainer.engines.fsdp import FullySharded
@@ -115,11 +122,11 @@ def build_engine(config: RunConfig, task: Task) -> Engine:
                 optim=config.optim,
                 ema=config.ema,
                 precision=engine.precision,
-                memory_format=train.memory_format,
+                memory_format=train.layout,
                 micro_batches=config.micro_batches,
                 replicas=engine.replicas,
                 cpu_offload=engine.cpu_offload,
-                compile=train.compile,
+                compile=train.compiles,
             )
         case "deepspeed":
             from trainer.engines.deepspeed_zero import DeepSpeedZero
@@ -130,11 +137,11 @@ def build_engine(config: RunConfig, task: Task) -> Engine:
                 optim=config.optim,
                 ema=config.ema,
                 precision=engine.precision,
-                memory_format=train.memory_format,
+                memory_format=train.layout,
                 micro_batches=config.micro_batches,
                 micro_batch_size=config.data.micro_batch_size,
                 cpu_offload=engine.cpu_offload,
-                compile=train.compile,
+                compile=train.compiles,
             )
 
 

@@ -15,7 +15,7 @@ from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
 from trainer.engines.precision import autocast, evaluation, lower_type
-from trainer.models.network import Network, network
+from trainer.models.network import Network, in_format, network
 from trainer.optim import build_optimizer
 
 
@@ -59,7 +59,7 @@ class FullySharded:
         self.local = LocalState(
             self.weights, places, optimizer=build_optimizer(optim, self.weights), optim=optim, ema=ema, precision=precision
         )
-        self.network = _in_format(network(module), memory_format)
+        self.network = in_format(network(module), memory_format)
 
     def step(
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
@@ -142,10 +142,3 @@ def _place(parameter: DTensor, shard_group: DeviceMesh, *, buffer: int) -> Place
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor), "FSDP2's parameters and gradients are DTensors"
     return tensor.to_local().detach()
-
-
-def _in_format(predict: Network, memory_format: str) -> Network:
-    """Shards are always contiguous; convolutions follow the format of their input."""
-    if memory_format == "contiguous":
-        return predict
-    return lambda x_t, *others: predict(x_t.contiguous(memory_format=torch.channels_last), *others)
