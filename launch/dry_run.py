@@ -44,6 +44,8 @@ def dry_run_sweep_text(folder: Path, jobs: Sequence[Job], configs: Sequence[RunC
 
 def _frozen(run_dir: Path, config: RunConfig, machines: ClusterConfig) -> Iterator[str]:
     yield from _file(run_dir / "recipe.yaml", dump_yaml(config))
+    if names := config.train.to_measure:
+        yield f"# rank 0 measures {' and '.join(f'train.{name}' for name in names)} once before step 0, and freezes the choice here"
     yield from _file(run_dir / "cluster.yaml", dump_yaml(machines))
 
 

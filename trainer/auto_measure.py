@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import final
 
@@ -134,7 +135,7 @@ def _of_an_earlier_stage(
     if not (run_dir.parent / "chain.json").exists():
         return None
     stages = [stage.run_dir for stage in read_chain(run_dir.parent) if stage.trained_here]
-    earlier = [stage for stage in stages if stage.name < run_dir.name]
+    earlier = list(takewhile(lambda stage: stage.name != run_dir.name, stages))
     for stage in reversed(earlier):
         found = read_measurement(stage)
         if found and found.conditions == conditions and found.covers(wanted, micro_batches=micro_batches):
