@@ -36,13 +36,16 @@ logger = logging.getLogger(__name__)
 
 def train_job(path: Path, options: Options, stop: StopRequest, watch: Watch) -> int:
     """Train the run in `path` to its end or to a request to stop; returns the worker's exit code. Collective."""
-    return train(path, stop, watch, previous_end=optional_text(options, "previous_end"), allow_fresh=flag(options, "allow_fresh"))
+    previous_end, allow_fresh = optional_text(options, "previous_end"), flag(options, "allow_fresh")
+    return train(path, stop, watch, previous_end=previous_end, allow_fresh=allow_fresh, profile=flag(options, "profile"))
 
 
-def train(run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None = None, allow_fresh: bool = False) -> int:
+def train(
+    run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None = None, allow_fresh: bool = False, profile: bool = False
+) -> int:
     """See train_job; `stop` is asked at every step boundary. previous_end: why the attempt before ended.
 
-    allow_fresh: start over where all checkpoints are damaged or gone. Collective."""
+    allow_fresh: start over where all checkpoints are damaged or gone. profile: see Loop. Collective."""
     config = load_recipe(run_dir / "recipe.yaml", [])
     if config.engine.deterministic:
         use_deterministic_kernels()
@@ -50,14 +53,16 @@ def train(run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str |
     stop.limit_minutes(config.train.stop_after_minutes)
     while True:
         try:
-            return _attempt(config, run_dir, stop, watch, previous_end=previous_end, allow_fresh=allow_fresh)
+            return _attempt(config, run_dir, stop, watch, previous_end=previous_end, allow_fresh=allow_fresh, profile=profile)
         except RollBack as bad:
             logger.warning("%s; going back to the newest checkpoint", bad)
             previous_end = f"rolled back: {bad}"
             config = load_recipe(run_dir / "recipe.yaml", [])  # in which what was measured is frozen by now
 
 
-def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None, allow_fresh: bool) -> int:
+def _attempt(
+    config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None, allow_fresh: bool, profile: bool
+) -> int:
     """From the newest checkpoint to the end, to a request to stop, or to a step that rolls the run back."""
     watch.phase("restore", 0)
     checkpoint = _checkpoint_to_resume(run_dir, allow_fresh=allow_fresh)
@@ -95,7 +100,8 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         data_sets.append(TrainingData.open(config, run_dir, classes=str(task.class_images.folder())))
     start_up = watch.start_up_seconds()
     _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end, start_up_seconds=start_up)
-    return Loop(config, run_dir, data_sets, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
+    loop = Loop(config, run_dir, data_sets, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch, profile=profile)
+    return loop.go()
 
 
 def build_engine(config: RunConfig, task: Task) -> Engine:
