@@ -23,7 +23,7 @@ FOLDER = "profile"
 """In RUN_DIR."""
 _LEFT_OUT, _WARM, _STEPS = 2, 1, 5
 """Steps that are not watched (the first ones compile and fill caches), that only warm the profiler up, and that are watched."""
-_STEP = "ProfilerStep#"
+_STEP = "ProfilerStep"
 _REST = "everything else"
 _OPERATORS = 20
 
