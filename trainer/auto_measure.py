@@ -1,10 +1,12 @@
 """Measuring, once before step 0, what the recipe leaves open: rank 0 times candidates on copies, the run freezes the choice."""
 
+import gc
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import takewhile
@@ -97,7 +99,7 @@ def _settle_alone(
         except _Stopped:
             return None
         finally:
-            _forget()
+            _forget(compiled=config.train.compile is not False)
     for name, why in measurement.failed.items():
         logger.warning("%s: cannot be here: %s", name, why)
     timings = [timing for each in wanted for timing in measurement.timings if timing.candidate == each]
@@ -230,7 +232,8 @@ class _Copy:
     def seconds(self, *, compiled: bool) -> float:
         """What one micro-batch takes forward and backward, compiled or not."""
         seed_dropout(self.config.seed, 0, 0)
-        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+        may_compile = self.config.train.compiles
+        with torch.compiler.set_stance("default" if compiled else "force_eager") if may_compile else nullcontext():
             self._wait()
             began = time.perf_counter()
             with autocast(self.config.engine.precision):
@@ -256,9 +259,11 @@ def _check_compiler() -> None:
         raise RuntimeError(f"no compiler: none of {', '.join(names)} is on the PATH")
 
 
-def _forget() -> None:
+def _forget(*, compiled: bool) -> None:
     """Leave no trace of what was measured in this process: neither compiled code nor, on a GPU, memory and its highest mark."""
-    torch.compiler.reset()
+    if compiled:
+        torch.compiler.reset()
+    gc.collect()  # compiled modules lie in circles of references
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

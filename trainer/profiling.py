@@ -103,6 +103,7 @@ class Profile:
 
     def __init__(self, run_dir: Path, *, start_step: int) -> None:
         self.run_dir, self.first_step = run_dir, start_step + _LEFT_OUT + _WARM
+        self.watched = -_LEFT_OUT - _WARM
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         plan = schedule(wait=_LEFT_OUT, warmup=_WARM, active=_STEPS, repeat=1)
         self.profiler: profile | None = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
@@ -111,6 +112,7 @@ class Profile:
     def stepped(self) -> None:
         """Say that a step is over."""
         if profiler := self.profiler:
+            self.watched += 1
             profiler.step()
             if self.profiler is None:  # it has just written what it saw
                 profiler.stop()
@@ -119,15 +121,18 @@ class Profile:
         """Write what was watched, where the attempt ended before the last step that was to be."""
         if self.profiler:
             self.profiler.stop()
-        if self.profiler:
-            logger.warning("--profile: the attempt ended before step %d, the first to be watched; nothing was written", self.first_step)
-        self.profiler = None
+        if self.watched <= 0:
+            logger.warning("--profile: the attempt ended before step %d was over, the first to be watched", self.first_step)
 
     def _write(self, profiler: profile) -> None:
         self.profiler = None
+        if self.watched <= 0:
+            return
         events = profiler.events() or []
         host = [event for event in events if event.device_type == DeviceType.CPU]
         steps = [Span(_REST, event.time_range.start, event.time_range.end) for event in host if event.name.startswith(_STEP)]
+        steps = sorted(steps, key=lambda span: span.start)[: self.watched]  # one that was not to its end would be no measure
+        host = [event for event in host if event.time_range.start < steps[-1].end]
         named = [event for event in host if event.name.startswith(PREFIX)]
         spans = [Span(event.name.removeprefix(PREFIX), event.time_range.start, event.time_range.end) for event in named]
         launches = [Launch(event.time_range.start, kernel.duration) for event in host for kernel in event.kernels]

@@ -99,7 +99,12 @@ def test_a_profile_is_written_again_at_a_resume_and_changes_no_loss(shards: Path
     assert not (tmp_path / "plain" / "profile").exists()
 
 
-def test_an_attempt_too_short_to_be_watched_says_so(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_attempt_too_short_to_be_watched_says_so_and_one_that_ends_meanwhile_shows_what_it_has(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert _train(tmp_path / "run", shards, profile=True, stop_after_steps=3) == 75
-    assert "the attempt ended before step 3, the first to be watched; nothing was written" in caplog.text
+    assert "the attempt ended before step 3 was over, the first to be watched" in caplog.text
+    assert not (tmp_path / "run" / "profile").exists()
+    assert _train(tmp_path / "run", shards, profile=True, stop_after_steps=5) == 75
+    assert (tmp_path / "run" / "profile" / "step_000006.txt").read_text().startswith("2 steps from step 6 on, rank 0 of 1, cpu\n")
     assert not torch.autograd._profiler_enabled()
