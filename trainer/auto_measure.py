@@ -58,19 +58,29 @@ def settle(config: RunConfig, run_dir: Path, data: TrainingData, *, start_step: 
     A stage of a chain takes the times of an earlier one of the same network, batch and device, and judges them by its own length.
     Collective; rank 0 measures, the others wait for its choice.
     Raises: ValueError where the run's task cannot be built."""
+    # A host whose file system shows a frozen recipe late must not measure again what another one knows.
+    known = next(filter(None, ranks.all_gather_text("" if config.train.to_measure else _told(config))), None)
+    if known is not None:
+        return _as_told(config, known)
     group = ranks.new_cpu_group(timeout_seconds=2 * _LIMIT_SECONDS)
     watch.phase("measure" if ranks.is_rank_0() else "wait", 0)
     told = ""
     if ranks.is_rank_0():
         chosen = _settle_alone(config, run_dir, data, start_step=start_step, stop=stop, tick=watch.tick)
-        told = "" if chosen is None else f"{chosen.train.compiles:d} {chosen.train.layout}"
-    words = ranks.all_gather_text(told, group=group)[0].split()
+        told = "" if chosen is None else _told(chosen)
+    told = ranks.all_gather_text(told, group=group)[0]
     ranks.destroy_group(group)
-    if not words:
-        return None
-    compiles, memory_format = words
-    [candidate] = [each for each in candidates(config) if (f"{each.compile:d}", each.memory_format) == (compiles, memory_format)]
-    return with_choice(config, candidate)
+    return _as_told(config, told) if told else None
+
+
+def _told(config: RunConfig) -> str:
+    """A recipe's choice, for the other ranks."""
+    return f"{'compiled' if config.train.compiles else 'eager'} {config.train.layout}"
+
+
+def _as_told(config: RunConfig, told: str) -> RunConfig:
+    way, memory_format = told.split()
+    return with_choice(config, Candidate(way == "compiled", "channels_last" if memory_format == "channels_last" else "contiguous"))
 
 
 @final

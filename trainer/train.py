@@ -74,11 +74,10 @@ def _attempt(
         raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
     watch.phase("data", 0)
     data = TrainingData.open(config, run_dir, fields=needed_fields(config))
-    if config.train.to_measure:
-        settled = settle(config, run_dir, data, start_step=checkpoint.step if checkpoint else 0, stop=stop, watch=watch)
-        if settled is None:
-            return CALL_AGAIN
-        config = settled
+    settled = settle(config, run_dir, data, start_step=checkpoint.step if checkpoint else 0, stop=stop, watch=watch)
+    if settled is None:
+        return CALL_AGAIN
+    config = settled
     watch.phase("model", 0)
     task = build_task(config, run_dir, data.image_size, data=data)
     engine = build_engine(config, task)

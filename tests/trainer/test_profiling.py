@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import timeit
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ def test_the_table_is_of_one_step_and_shows_a_device_where_there_is_one() -> Non
 
 def test_without_a_profiler_a_span_is_the_same_nothing_each_time() -> None:
     assert span("forward") is span("EMA")
+    seconds = min(timeit.repeat("with span('forward'): pass", globals={"span": span}, number=1000, repeat=20)) / 1000
+    assert seconds < 1e-6  # 0.18 us on a busy EPYC core
 
 
 @pytest.fixture(scope="module")
