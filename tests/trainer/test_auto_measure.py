@@ -138,11 +138,9 @@ def test_a_compiled_run_that_measured_has_the_losses_of_one_that_was_told(
 ) -> None:
     monkeypatch.setattr(trainer.auto_choice, "_LEAST_SECONDS", 0.0)
     monkeypatch.setattr(trainer.auto_choice, "_TRYING", 1e9)
-    for name, train_ in (
-        ("auto", {"compile": "auto", "memory_format": "auto"}),
-        ("told", {"compile": True, "memory_format": "channels_last"}),
-    ):
-        freeze(tmp_path / name, _config(shards, **train_), shards=shards)
+    told = _config(shards, compile=True, memory_format="channels_last")
+    for name, config in (("auto", _config(shards, compile="auto", memory_format="auto")), ("told", told)):
+        freeze(tmp_path / name, config, shards=shards)
         assert _train(tmp_path / name) == 0
     frozen = load_recipe(tmp_path / "auto" / "recipe.yaml").train
     assert (frozen.compile, frozen.memory_format) == (True, "channels_last")
