@@ -73,6 +73,9 @@ def train(
     follow: Follow = False,
     here: Here = False,
     sweep: Sweep = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Watch five steps: a table of where they go and a trace, in RUN_DIR/profile.")
+    ] = False,
 ) -> None:
     """Train a recipe. The same command again resumes the run exactly.
 
@@ -82,8 +85,10 @@ def train(
     from launch.start import How, start_train
     from launch.start_sweep import start_sweep
 
+    if profile and sweep:
+        raise ValueError("--profile watches one run; leave --sweep out")
     changes = _changes(overrides, deterministic=deterministic)
-    how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here, tuple(sweep or ()))
+    how = How(run_dir, cluster, ranks, dry_run, allow_fresh, follow, here, tuple(sweep or ()), profile)
     end((start_sweep if how.sweep else start_train)(recipe, changes, how))
 
 

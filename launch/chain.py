@@ -11,7 +11,7 @@ from typing import TypeVar, final
 from data_shards.files import json_text, replace_file
 from launch.data import with_data
 from launch.models import is_hub_id, placed, teacher_place
-from launch.run_dir import freeze
+from launch.run_dir import freeze, with_frozen_choice
 from trainer.config import (
     BaseNoiseSchedule,
     DdpmConfig,
@@ -94,6 +94,7 @@ def _differing(section: str, given: Section, theirs: Section) -> Iterator[str]:
 def freeze_chain(chain_dir: Path, config: RunConfig, distill: DistillConfig, *, shards: Path | Sequence[Path]) -> None:
     """Write (or check) the chain's own files and each stage's RUN_DIR up to its frozen recipe."""
     shards = [shards] if isinstance(shards, Path) else shards
+    config = with_frozen_choice(chain_dir, config)
     freeze(chain_dir, config, shards=shards, steps_fixed=True)
     levels = config.noise_schedule.steps
     if distill.teacher is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.chain import stage_names
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster
-from launch.job import Job
+from launch.job import Job, from_flags
 from trainer.config import RunConfig
 from trainer.config_io import dump_yaml
 
@@ -44,6 +44,8 @@ def dry_run_sweep_text(folder: Path, jobs: Sequence[Job], configs: Sequence[RunC
 
 def _frozen(run_dir: Path, config: RunConfig, machines: ClusterConfig) -> Iterator[str]:
     yield from _file(run_dir / "recipe.yaml", dump_yaml(config))
+    if names := config.train.to_measure:
+        yield f"# rank 0 measures {' and '.join(f'train.{name}' for name in names)} once before step 0, and freezes the choice here"
     yield from _file(run_dir / "cluster.yaml", dump_yaml(machines))
 
 
@@ -86,7 +88,7 @@ def _slurm_jobs(jobs: Sequence["Planned"], machines: SlurmCluster, *, first: Pat
         yield from _file(planned.path, render(template(), planned.script, machines))
         words = submit_words(planned, machines, after=f"JOB_{number}" if planned.waits else None)
         yield f"\n# --- submits job {number + 1}{through}\n{shlex.join(words)}"
-        options: dict[str, object] = {"allow_fresh": "--allow-fresh" in planned.script.command, "previous_end": None}
+        options: dict[str, object] = {**from_flags(planned.script.command), "previous_end": None}
         job = Job(planned.kind, Path(os.path.abspath(first or planned.run_dir)), options)
         where = f"in each of its {len(planned.script.array)} elements, here for the first" if first else "on its first node"
         yield f"# which runs {where}\n{shlex.join(srun_words(job, machines))}"

@@ -71,4 +71,6 @@ def _title(name: str, config: RunConfig, machines: ClusterConfig, *, ranks: int 
     engine = config.engine
     kind = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
     again = ", activation checkpointing" if config.train.activation_checkpointing else ""
-    return f"Plan of {name} on {where}: engine {kind}, {engine.precision}{again}"
+    counted = {"compile": "eager", "memory_format": "contiguous"}
+    open_ = "".join(f", {counted[name]} (train.{name}=auto is measured before step 0)" for name in config.train.to_measure)
+    return f"Plan of {name} on {where}: engine {kind}, {engine.precision}{again}{open_}"

@@ -12,8 +12,9 @@ from pathlib import Path
 from data_shards.files import json_text, read_json_object, replace_file
 from launch.cluster import ClusterConfig
 from launch.data import data_identity
+from trainer.auto_choice import AUTO_FILE
 from trainer.config import RunConfig, identity
-from trainer.config_io import dump_yaml
+from trainer.config_io import dump_yaml, load_recipe
 from trainer.stop import clear_stop_request
 
 _PACKAGES = ("halfstep", "torch", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "pillow")
@@ -25,22 +26,39 @@ def freeze(run_dir: Path, config: RunConfig, *, shards: Path | Sequence[Path], s
 
     shards: the folders of the indexes, whose hashes are part of the identity. Fields outside the identity may change from
     attempt to attempt; the frozen recipe follows them. steps_fixed: train.steps may not grow, whatever the learning rate.
-    Until a checkpoint is committed there is nothing to resume, and the recipe may still change.
+    Until a checkpoint is committed there is nothing to resume, and the recipe may still change. What the recipe leaves to be
+    measured, and this run has measured, stays as it was frozen.
     Raises: ValueError listing each difference if this is another run."""
-    wanted = {**identity(config), **data_identity(config.data, [shards] if isinstance(shards, Path) else shards)}
-    if steps_fixed or not config.steps_may_grow:
-        wanted["train.steps"] = config.train.steps
-    record = run_dir / "identity.json"
+    record, folders = run_dir / "identity.json", [shards] if isinstance(shards, Path) else shards
+    frozen = with_frozen_choice(run_dir, config)
+    wanted = _identity(frozen, folders, steps_fixed=steps_fixed)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if record.exists() and _has_checkpoint(run_dir):
-        differences = list(_differences(read_json_object(record), wanted))
-        if differences:
-            lines = "\n".join(f"  {line}" for line in differences)
-            raise ValueError(
-                f"{run_dir} holds a run of another recipe or other data:\n{lines}\nput these back to resume it, or give another --run-dir"
-            )
+    differences = list(_differences(read_json_object(record), wanted)) if record.exists() else []
+    if differences and _has_checkpoint(run_dir):
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise ValueError(
+            f"{run_dir} holds a run of another recipe or other data:\n{lines}\nput these back to resume it, or give another --run-dir"
+        )
+    if differences:  # what was measured was so for another recipe
+        (run_dir / AUTO_FILE).unlink(missing_ok=True)
+        frozen, wanted = config, _identity(config, folders, steps_fixed=steps_fixed)
     replace_file(record, json_text(wanted))
-    replace_file(run_dir / "recipe.yaml", dump_yaml(config))
+    replace_file(run_dir / "recipe.yaml", dump_yaml(frozen))
+
+
+def with_frozen_choice(run_dir: Path, config: RunConfig) -> RunConfig:
+    """The recipe with RUN_DIR's frozen values where it says auto, if that run has measured them or has begun."""
+    if not config.train.to_measure or not ((run_dir / AUTO_FILE).exists() or _has_checkpoint(run_dir)):
+        return config
+    train = load_recipe(run_dir / "recipe.yaml").train
+    values = {name: getattr(train, name) for name in config.train.to_measure}
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})
+
+
+def _identity(config: RunConfig, shards: Sequence[Path], *, steps_fixed: bool) -> dict[str, object]:
+    """What a resume must not change, the data's hashes included."""
+    steps = {"train.steps": config.train.steps} if steps_fixed or not config.steps_may_grow else {}
+    return {**identity(config), **data_identity(config.data, shards), **steps}
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import final
 
 from data_shards.files import replace_file
 from launch.cluster import SlurmCluster
-from launch.job import Job
+from launch.job import Job, as_flags
 from launch.run_dir import write_surroundings
 from launch.slurm_commands import slurm
 from launch.slurm_script import Script, render, sbatch_options, template
@@ -142,8 +142,7 @@ def _queue_through_submitit(planned: Planned, cluster: SlurmCluster, *, after: s
 
 
 def _command(kind: str, path: Path, job: Job, cluster: SlurmCluster) -> list[str]:
-    flags = ["--allow-fresh"] if job.options.get("allow_fresh") else []
-    return [cluster.python or sys.executable, "-m", "launch.slurm_job", kind, str(path), *flags]
+    return [cluster.python or sys.executable, "-m", "launch.slurm_job", kind, str(path), *as_flags(job.options)]
 
 
 def _name(path: Path, *stage: str) -> str:

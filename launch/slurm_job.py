@@ -18,7 +18,7 @@ from typing import final
 
 from launch.cluster import SlurmCluster, load_cluster
 from launch.ends import Decision, End, Restarts, log_end, read_end, record_end, take_end
-from launch.job import Job
+from launch.job import Job, from_flags
 from launch.network import LOOPBACK, address_of, address_towards, reserve_port
 from launch.rank_env import cluster_variables
 from launch.slurm_commands import find_job, slurm
@@ -55,7 +55,7 @@ class Allocation:
 
 
 def main() -> int:
-    """`python -m launch.slurm_job KIND RUN_DIR [--allow-fresh]` or `... KIND SWEEP_DIR --array`, as the job script says."""
+    """`python -m launch.slurm_job KIND RUN_DIR [--allow-fresh] [--profile]` or `... KIND SWEEP_DIR --array`, as the job script says."""
     kind, folder, *flags = sys.argv[1:]
     run_dir = Path(folder)
     if "--array" in flags:
@@ -64,7 +64,7 @@ def main() -> int:
         run_dir = run_of_element(run_dir, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     cluster = load_cluster(str(run_dir / "cluster.yaml"), [])
     assert isinstance(cluster, SlurmCluster), "a job script is written for Slurm"
-    return run_here(Job(kind, run_dir, {"allow_fresh": "--allow-fresh" in flags}), cluster)
+    return run_here(Job(kind, run_dir, from_flags(flags)), cluster)
 
 
 def allocated() -> list[str]:

@@ -12,7 +12,7 @@ from launch.chain import freeze_chain, with_teacher
 from launch.cluster import ClusterConfig, LocalCluster, RayCluster, SlurmCluster, load_cluster
 from launch.data import check_shards, data_folders, seen_from_here, with_data
 from launch.dry_run import dry_run_text
-from launch.job import Job
+from launch.job import Job, train_options
 from launch.local import run_until_done
 from launch.models import check_models, is_hub_id, teacher_place, with_models
 from launch.run_dir import freeze, write_surroundings
@@ -44,6 +44,8 @@ class How:
     """Inside a Slurm allocation: run on its nodes at once."""
     sweep: Sequence[str] = ()
     """KEY=VALUE,VALUE,... texts: a run for each combination."""
+    profile: bool = False
+    """Watch some steps of a single run."""
 
 
 def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
@@ -51,7 +53,7 @@ def start_train(recipe: str, overrides: Sequence[str], how: How) -> int:
 
     Raises: ValueError for a recipe, cluster, data or folder that cannot be used."""
     config, machines, folder = prepare(recipe, overrides, how)
-    options: dict[str, object] = {"allow_fresh": how.allow_fresh}
+    options = train_options(allow_fresh=how.allow_fresh, profile=how.profile)
     check_trains(recipe, config)
     if how.dry_run:
         sys.stdout.write(dry_run_text(Job("train", folder, options), config, machines))
@@ -92,7 +94,7 @@ def start_distill(recipe: str, overrides: Sequence[str], how: How) -> int:
 
     Raises: ValueError for a recipe, cluster, teacher, data or folder that cannot be used."""
     config, machines, folder = prepare(recipe, overrides, how)
-    options: dict[str, object] = {"allow_fresh": how.allow_fresh}
+    options = train_options(allow_fresh=how.allow_fresh)
     config = chain_config(recipe, config, machines)
     if how.dry_run:
         sys.stdout.write(dry_run_text(Job("distill", folder, options), config, machines))

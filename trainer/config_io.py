@@ -286,6 +286,7 @@ def _stand_in(about: FieldInfo) -> Plain:
 def _problems(kind: type[Section], raw: _Raw, error: ValidationError) -> list[_Found]:
     """pydantic's errors by key, in our words; the members of a union (a number or a list) speak as one."""
     wanted: dict[KeyPath, list[str]] = {}
+    words: dict[KeyPath, str] = {}
     found: list[_Found] = []
     for item in error.errors(include_url=False, include_input=False):
         path, context = _path_in(raw.tree, item["loc"], item["type"]), item.get("ctx", {})
@@ -306,13 +307,18 @@ def _problems(kind: type[Section], raw: _Raw, error: ValidationError) -> list[_F
             case "union_tag_invalid":
                 found.append(_Found(((*path, "kind"),), wrong_word(value_at(raw.tree, (*path, "kind")), context["expected_tags"]), (path,)))
             case "literal_error":
-                found.append(_Found((path,), wrong_word(value_at(raw.tree, path), context["expected"]), (path,)))
+                words[path] = context["expected"]
             case code:
                 wanted.setdefault(path, []).append(wanted_instead(code, context) or item["msg"])
-    for path, words in wanted.items():
+    for path, expected in words.items():
+        if path in wanted:  # a word or something else, such as auto or true
+            wanted[path].append(expected.replace("'", ""))
+        else:
+            found.append(_Found((path,), wrong_word(value_at(raw.tree, path), expected), (path,)))
+    for path, phrases in wanted.items():
         # a list inside a union is also "not a number": its items' own errors say more
         if not any(other != path and other[: len(path)] == path for other in wanted):
-            found.append(_Found((path,), wrong_value(kind, raw.tree, path, list(dict.fromkeys(words))), (path,)))
+            found.append(_Found((path,), wrong_value(kind, raw.tree, path, list(dict.fromkeys(phrases))), (path,)))
     return found
 
 

@@ -13,6 +13,7 @@ from trainer.stages import halving_counts
 Prediction = Literal["v", "eps", "x_0"]
 PredictionOrBase = Literal["v", "eps", "x_0", "base"]
 Sampler = Literal["ddim", "ancestral"]
+MemoryFormat = Literal["contiguous", "channels_last"]
 DenoisingLoss = Literal["mse", "x_mse", "eps_mse", "v_mse", "min_snr", "snr_trunc"]
 DistillationLoss = Literal["v_mse", "x_mse", "eps_mse", "min_snr", "snr_trunc"]
 
@@ -373,12 +374,27 @@ class TrainConfig(Section):
     """Commit a checkpoint and end with exit code 75 after so many steps of this attempt, as a time limit would; null: never."""
     stop_after_minutes: Positive | None = None
     """Commit a checkpoint and end with exit code 75 so many minutes after the start of this attempt; null: never."""
-    compile: bool = False
-    """Compile the model with torch.compile; pays off for long runs only."""
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    """Layout of images in memory."""
+    compile: bool | Literal["auto"] = False
+    """Compile the model with torch.compile; pays off for long runs only. auto: measured once, before step 0, and frozen."""
+    memory_format: Literal["contiguous", "channels_last", "auto"] = "contiguous"
+    """Layout of images in memory. auto: measured once, before step 0, and frozen."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work."""
+
+    @property
+    def to_measure(self) -> tuple[str, ...]:
+        """Names of the fields that say auto."""
+        return tuple(name for name in ("compile", "memory_format") if getattr(self, name) == "auto")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled; not as long as that has not been measured."""
+        return self.compile is True
+
+    @property
+    def layout(self) -> MemoryFormat:
+        """Of images in memory; contiguous as long as it has not been measured."""
+        return "contiguous" if self.memory_format == "auto" else self.memory_format
 
 
 class EngineConfig(Section):

@@ -23,6 +23,7 @@ from trainer.numeric import BadSteps, LossAverage, RollBack
 from trainer.optim import learning_rate
 from trainer.rng import seed_dropout
 from trainer.save import DISK_FULL, Saver
+from trainer.spans import span
 from trainer.stop import StopRequest
 from trainer.tasks.task import Task
 from trainer.training_data import TrainingData
@@ -60,12 +61,14 @@ class Loop:
         checkpoint: Checkpoint | None,
         stop: StopRequest,
         watch: Watch,
+        profile: bool = False,
     ) -> None:
         """data: one data set or several, read side by side. checkpoint: what `engine` holds; None for step 0.
 
-        pieces: of the engine's state, on all ranks. Collective."""
+        profile: whether rank 0 watches some steps (trainer.profiling). pieces: of the engine's state, on all ranks. Collective."""
         self.config, self.run_dir, self.data, self.task, self.engine = config, run_dir, data, task, engine
         self.stop, self.watch = stop, watch
+        self.wants_profile, self.profile = profile, None
         self.start_step = checkpoint.step if checkpoint else 0
         self.keys: dict[int, Sequence[str]] = {}
         saved_average = checkpoint.manifest.get("loss_average") if checkpoint else None
@@ -133,9 +136,11 @@ class Loop:
                 and (step % config.logging.sample_every_steps == 0 or step == train.steps or enough)
             )
             if saves:
-                self._save(step)
+                with span("checkpoint"):
+                    self._save(step)
             if draws:
-                self._draw_samples(step)
+                with span("samples"):
+                    self._draw_samples(step)
             if ends:
                 self.watch.phase("join", step)
                 self.saver.finish()
@@ -157,21 +162,24 @@ class Loop:
             # A step's seconds include the report of the one before, but neither checkpoints nor samples.
             now = time.perf_counter()
             if self._counts(step, result, limit) and self.reporter and (step % config.logging.every_steps == 0 or step + 1 == train.steps):
-                self.reporter.write_step(
-                    measure_step(
-                        step,
-                        work,
-                        loss=result.loss,
-                        gradient_norm=result.gradient_norm,
-                        learning_rate=rate,
-                        step_seconds=now - boundary,
-                        data_wait_seconds=self.data_wait_seconds,
-                    )
+                measured = measure_step(
+                    step,
+                    work,
+                    loss=result.loss,
+                    gradient_norm=result.gradient_norm,
+                    learning_rate=rate,
+                    step_seconds=now - boundary,
+                    data_wait_seconds=self.data_wait_seconds,
                 )
+                with span("logging"):
+                    self.reporter.write_step(measured)
             boundary = now
             step += 1
             if ended == ranks.world_size():
                 self._end_save(step)
+            if self.profile:
+                self.watch.phase("profile", step)
+                self.profile.stepped()
 
     def _measure_student(self, step: int) -> None:
         """Measure the student's error where it is due and has not been measured before a resume. Collective."""
@@ -212,6 +220,10 @@ class Loop:
         self.bad_steps = BadSteps(self.run_dir, start_step=start_step, action=numeric.on_bad_step, budget=numeric.max_bad_steps)
         ranks.barrier()  # all have counted before one writes
         self.reporter = None
+        if self.wants_profile and ranks.is_rank_0():
+            from trainer.profiling import Profile
+
+            self.profile = Profile(self.run_dir, start_step=start_step)
         if ranks.is_rank_0():
             self.reporter = Reporter(
                 self.run_dir,
@@ -237,13 +249,16 @@ class Loop:
         for index in ranks.share(config.micro_batches):
             self.watch.phase("data", step)
             waited = time.perf_counter()
-            delivered = next(batches)
+            with span("data wait"):
+                delivered = next(batches)
             self.data_wait_seconds += time.perf_counter() - waited
             self.watch.phase("compute", step)
-            work = self.task.micro_batch(delivered, step, index)
+            with span("draws and encoding"):
+                work = self.task.micro_batch(delivered, step, index)
             self.keys[index] = [key for batch in delivered for key in batch.keys]
             replaced = [str(bad) for batch in delivered for bad in batch.replaced]
-            self.ledger.write(step, index, keys=self.keys[index], draws_sha256=work.draws_sha256, replaced=replaced)
+            with span("logging"):
+                self.ledger.write(step, index, keys=self.keys[index], draws_sha256=work.draws_sha256, replaced=replaced)
             seed_dropout(config.seed, step, index)
             yield work.loss
         self.watch.phase("reduce", step)
@@ -308,5 +323,7 @@ class Loop:
     def _close(self) -> None:
         """Leave files whole and the terminal tidy, however the loop ended."""
         self.ledger.close()
+        if self.profile:
+            self.profile.close()
         if self.reporter:
             self.reporter.close()

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from data_shards import ranks
+from trainer.auto_measure import settle
 from trainer.checkpoint import Piece, agree_on_pieces, agreed_checkpoint, load_state
 from trainer.config import RunConfig
 from trainer.config_io import load_recipe
@@ -35,13 +36,16 @@ logger = logging.getLogger(__name__)
 
 def train_job(path: Path, options: Options, stop: StopRequest, watch: Watch) -> int:
     """Train the run in `path` to its end or to a request to stop; returns the worker's exit code. Collective."""
-    return train(path, stop, watch, previous_end=optional_text(options, "previous_end"), allow_fresh=flag(options, "allow_fresh"))
+    previous_end, allow_fresh = optional_text(options, "previous_end"), flag(options, "allow_fresh")
+    return train(path, stop, watch, previous_end=previous_end, allow_fresh=allow_fresh, profile=flag(options, "profile"))
 
 
-def train(run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None = None, allow_fresh: bool = False) -> int:
+def train(
+    run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None = None, allow_fresh: bool = False, profile: bool = False
+) -> int:
     """See train_job; `stop` is asked at every step boundary. previous_end: why the attempt before ended.
 
-    allow_fresh: start over where all checkpoints are damaged or gone. Collective."""
+    allow_fresh: start over where all checkpoints are damaged or gone. profile: see Loop. Collective."""
     config = load_recipe(run_dir / "recipe.yaml", [])
     if config.engine.deterministic:
         use_deterministic_kernels()
@@ -49,13 +53,16 @@ def train(run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str |
     stop.limit_minutes(config.train.stop_after_minutes)
     while True:
         try:
-            return _attempt(config, run_dir, stop, watch, previous_end=previous_end, allow_fresh=allow_fresh)
+            return _attempt(config, run_dir, stop, watch, previous_end=previous_end, allow_fresh=allow_fresh, profile=profile)
         except RollBack as bad:
             logger.warning("%s; going back to the newest checkpoint", bad)
             previous_end = f"rolled back: {bad}"
+            config = load_recipe(run_dir / "recipe.yaml", [])  # in which what was measured is frozen by now
 
 
-def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None, allow_fresh: bool) -> int:
+def _attempt(
+    config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, *, previous_end: str | None, allow_fresh: bool, profile: bool
+) -> int:
     """From the newest checkpoint to the end, to a request to stop, or to a step that rolls the run back."""
     watch.phase("restore", 0)
     checkpoint = _checkpoint_to_resume(run_dir, allow_fresh=allow_fresh)
@@ -67,6 +74,10 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         raise ValueError(f"{run_dir}: is at step {checkpoint.step} already, train.steps={config.train.steps}; a run may only grow")
     watch.phase("data", 0)
     data = TrainingData.open(config, run_dir, fields=needed_fields(config))
+    settled = settle(config, run_dir, data, start_step=checkpoint.step if checkpoint else 0, stop=stop, watch=watch)
+    if settled is None:
+        return CALL_AGAIN
+    config = settled
     watch.phase("model", 0)
     task = build_task(config, run_dir, data.image_size, data=data)
     engine = build_engine(config, task)
@@ -88,7 +99,8 @@ def _attempt(config: RunConfig, run_dir: Path, stop: StopRequest, watch: Watch, 
         data_sets.append(TrainingData.open(config, run_dir, classes=str(task.class_images.folder())))
     start_up = watch.start_up_seconds()
     _record_attempt(run_dir, checkpoint.step if checkpoint else 0, previous_end=previous_end, start_up_seconds=start_up)
-    return Loop(config, run_dir, data_sets, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch).go()
+    loop = Loop(config, run_dir, data_sets, task, engine, pieces, checkpoint=checkpoint, stop=stop, watch=watch, profile=profile)
+    return loop.go()
 
 
 def build_engine(config: RunConfig, task: Task) -> Engine:
@@ -101,10 +113,10 @@ def build_engine(config: RunConfig, task: Task) -> Engine:
                 optim=config.optim,
                 ema=config.ema,
                 precision=engine.precision,
-                memory_format=train.memory_format,
+                memory_format=train.layout,
                 micro_batches=config.micro_batches,
                 votes=VOTES,
-                compile=train.compile,
+                compile=train.compiles,
             )
         case "fsdp":
             from trainer.engines.fsdp import FullySharded
@@ -115,11 +127,11 @@ def build_engine(config: RunConfig, task: Task) -> Engine:
                 optim=config.optim,
                 ema=config.ema,
                 precision=engine.precision,
-                memory_format=train.memory_format,
+                memory_format=train.layout,
                 micro_batches=config.micro_batches,
                 replicas=engine.replicas,
                 cpu_offload=engine.cpu_offload,
-                compile=train.compile,
+                compile=train.compiles,
             )
         case "deepspeed":
             from trainer.engines.deepspeed_zero import DeepSpeedZero
@@ -130,11 +142,11 @@ def build_engine(config: RunConfig, task: Task) -> Engine:
                 optim=config.optim,
                 ema=config.ema,
                 precision=engine.precision,
-                memory_format=train.memory_format,
+                memory_format=train.layout,
                 micro_batches=config.micro_batches,
                 micro_batch_size=config.data.micro_batch_size,
                 cpu_offload=engine.cpu_offload,
-                compile=train.compile,
+                compile=train.compiles,
             )
 
 

@@ -70,6 +70,10 @@ class TrainingData:
         read = self._reader(self.fields)
         return iter(loader(read, start_step=start_step, stop_step=stop_step, indices=indices, workers=self.config.workers, pin=pin))
 
+    def micro_batch(self, step: int, index: int) -> MicroBatch:
+        """One micro-batch of a run, read now."""
+        return self._reader(self.fields)[step, index]
+
     def examples(self, count: int) -> MicroBatch:
         """The first `count` samples of step 0 at least, captions and images (none where the shards hold none): the same in every run."""
         fields = ("image", "caption") if all(index.holds_images() for index in self.indexes) else ("caption",)

@@ -26,11 +26,13 @@ _FILE_BYTES = 512
 _PHASE_BYTES = 18
 _SAVING_BYTES = 98
 _TIME_BYTES = 14
-_MORE_SECONDS = {"start": 600.0, "import": 600.0, "rendezvous": 20.0}
-"""What a phase may last beyond the limit: importing torch from a cold network file system takes minutes, and not the same on each host."""
+_MORE_SECONDS = {"start": 600.0, "import": 600.0, "rendezvous": 20.0, "measure": 3600.0, "wait": 3600.0}
+"""What a phase may last beyond the limit: importing torch from a cold network file system takes minutes, and not the same on each host.
+
+Rank 0 measures, while the others wait, how a step is best computed: a large model's compiler may work for many minutes."""
 _LAST_SECONDS = 10.0
 """What a rank that ends itself may take: the file system may hang too."""
-_WAITING = frozenset({"rendezvous", "reduce", "end"})
+_WAITING = frozenset({"rendezvous", "wait", "reduce", "end"})
 """Phases in which a rank waits for the others."""
 
 

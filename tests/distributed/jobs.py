@@ -8,11 +8,13 @@ from torch import Tensor
 
 from data_shards import ranks
 from data_shards.index import ShardIndex
+from trainer.auto_measure import settle
 from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, read_tensors
 from trainer.config_io import load_recipe
 from trainer.stop import StopRequest
 from trainer.tasks.build import build_task
 from trainer.train import build_engine, restore, train
+from trainer.training_data import TrainingData
 from trainer.watch import Watch
 
 HANG_SECONDS = 100.0
@@ -75,3 +77,16 @@ def wait_on_rank_0() -> None:
     """Hang on rank 0 alone."""
     if ranks.rank() == 0:
         threading.Event().wait()
+
+
+def settle_run(run_dir: str) -> dict[str, object]:
+    """Measure what the run's recipe leaves open; the train section that this rank goes on with. Collective."""
+    path = Path(run_dir)
+    config = load_recipe(path / "recipe.yaml", [])
+    watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=HANG_SECONDS)
+    try:
+        settled = settle(config, path, TrainingData.open(config, path), start_step=0, stop=StopRequest(), watch=watch)
+    finally:
+        watch.close()
+    assert settled is not None, "nobody asked to stop"
+    return settled.train.model_dump(mode="json")

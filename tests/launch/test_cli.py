@@ -70,7 +70,7 @@ MISTAKES = [
     (["recipe.yaml", "batch_size=8"], "command line:1: batch_size: unknown key - did you mean 'data.global_batch_size'?"),
     (["recipe.yaml", "train.steps=1k"], "command line:1: train.steps: got '1k', wanted a whole number - did you mean 1000?"),
     (["recipe.yaml", "train.steps=0"], "command line:1: train.steps: got 0, wanted at least 1: optimizer steps of the whole run"),
-    (["recipe.yaml", "train.compile=yes"], "command line:1: train.compile: got 'yes', wanted true or false - did you mean true?"),
+    (["recipe.yaml", "train.compile=yes"], "command line:1: train.compile: got 'yes', wanted true or false or auto - did you mean true?"),
     (["recipe.yaml", "engine.precision=fp8"], "command line:1: engine.precision: got 'fp8', wanted one of fp32, bf16, fp16 - did you mean"),
     (
         ["recipe.yaml", "engine.kind=ddp"],

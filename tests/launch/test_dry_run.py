@@ -83,6 +83,14 @@ def test_a_local_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert nothing_was_written(here)
 
 
+def test_what_a_recipe_leaves_open_is_said_where_it_will_be_frozen(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ("train.compile=auto", "train.memory_format=auto")
+    assert start_train("recipe.yaml", changes, How(Path("run"), dry_run=True)) == 0
+    frozen = dump_yaml(recipe("recipe.yaml", *changes)).rstrip()
+    said = "# rank 0 measures train.compile and train.memory_format once before step 0, and freezes the choice here"
+    assert shown(capsys).files["run/recipe.yaml"].rstrip() == f"{frozen}\n{said}"
+
+
 def test_one_rank_is_one_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start_train("recipe.yaml", [], How(Path("run"), ranks=1, dry_run=True)) == 0
     [command] = shown(capsys).commands["commands"]

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from launch.plan import print_plan
-from trainer.config_io import RecipeErrors
+from launch.cluster import load_cluster
+from launch.plan import _title, print_plan
+from trainer.config_io import RecipeErrors, load_recipe, recipe_path
 
 
 def test_the_page_of_the_smoke_recipe(capfd: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
@@ -21,6 +22,14 @@ def test_the_same_as_json_for_a_cluster_file_and_overrides(capfd: pytest.Capture
     assert (figures["world_size"], figures["engine"]["kind"]) == (2, "fsdp")
     assert figures["rank_bytes"]["peak"] > figures["parameters"]["trained"] * 4
     assert (figures["fits"], figures["usd"]) == (None, None)
+
+
+def test_the_page_says_what_it_counts_for_what_is_still_to_be_measured() -> None:
+    config = load_recipe(recipe_path("smoke"), ["train.compile=auto", "train.memory_format=auto"])
+    assert _title("smoke", config, load_cluster("local", []), ranks=1) == (
+        "Plan of smoke on 1 local rank: engine replicated, fp32, eager (train.compile=auto is measured before step 0), "
+        "contiguous (train.memory_format=auto is measured before step 0)"
+    )
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_as_by_train() -> None:

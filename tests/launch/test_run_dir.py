@@ -9,6 +9,7 @@ from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
 from launch.cluster import load_cluster
 from launch.run_dir import freeze, write_surroundings
+from trainer.auto_choice import Candidate, Measurement, Timing, choose, freeze_choice
 from trainer.config import RunConfig, TrainConfig, identity
 from trainer.config_io import load_recipe
 
@@ -98,3 +99,39 @@ def test_the_surroundings_say_versions_and_leave_the_devices_to_the_ranks(tmp_pa
     written = read_json_object(tmp_path / "environment.json")
     assert written.keys() == {"python", "platform", "processors", "git_commit", "packages"}
     assert isinstance(written["packages"], dict) and {"torch", "diffusers"} <= written["packages"].keys()
+
+
+def _measured(run_dir: Path, shards: Path) -> None:
+    """A run that began with auto and has measured: what rank 0 leaves behind before step 0."""
+    config = _config(shards, train=TrainConfig(steps=10, memory_format="auto"))
+    freeze(run_dir, config, shards=shards)
+    measurement = Measurement((Timing(Candidate(False, "channels_last"), (1.0,)),), {})
+    freeze_choice(run_dir, config, choose(measurement.timings, micro_batches=1), measurement, measured_in=".")
+
+
+def test_the_same_command_finds_what_was_measured_before_the_first_checkpoint(tmp_path: Path, shards: Path) -> None:
+    _measured(tmp_path / "run", shards)
+    freeze(tmp_path / "run", _config(shards, train=TrainConfig(steps=10, memory_format="auto")), shards=shards)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").train.memory_format == "channels_last"
+
+
+def test_a_recipe_that_was_mended_is_measured_again(tmp_path: Path, shards: Path) -> None:
+    _measured(tmp_path / "run", shards)
+    freeze(tmp_path / "run", _config(shards, seed=7, train=TrainConfig(steps=10, memory_format="auto")), shards=shards)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").train.memory_format == "auto"
+    assert not (tmp_path / "run" / "auto.json").exists()
+
+
+def test_auto_fits_any_run_that_has_begun(tmp_path: Path, shards: Path) -> None:
+    told = _config(shards, train=TrainConfig(steps=10, memory_format="channels_last"))
+    _begin(tmp_path / "run", told, shards)
+    freeze(tmp_path / "run", _config(shards, train=TrainConfig(steps=10, memory_format="auto", compile="auto")), shards=shards)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == told
+
+
+def test_another_value_than_the_measured_one_is_refused_once_the_run_has_begun(tmp_path: Path, shards: Path) -> None:
+    _measured(tmp_path / "run", shards)
+    _begin(tmp_path / "run", _config(shards, train=TrainConfig(steps=10, memory_format="auto")), shards)
+    with pytest.raises(ValueError, match=r'train\.memory_format: was "channels_last", now "contiguous"'):
+        freeze(tmp_path / "run", _config(shards), shards=shards)
+    assert (tmp_path / "run" / "auto.json").exists()

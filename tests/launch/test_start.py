@@ -14,7 +14,7 @@ from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
 from launch import __main__ as command_line
 from launch import start
-from launch.job import Job
+from launch.job import Job, as_flags, from_flags
 from launch.start import How, check_engine, start_distill, start_train
 from launch.start_sweep import start_sweep
 from launch.submitted import Submission, record_submission, submissions
@@ -121,6 +121,14 @@ def test_a_run_that_is_done_says_what_is_next(jobs: list[Job], capsys: pytest.Ca
 def test_ranks_are_told_whether_they_may_start_over(allow_fresh: bool, jobs: list[Job]) -> None:
     run(lambda: command_line.train("recipe.yaml", run_dir=Path("run"), allow_fresh=allow_fresh))
     assert [(job.kind, job.path, job.options) for job in jobs] == [("train", Path("run"), {"allow_fresh": allow_fresh})]
+
+
+def test_rank_0_is_told_to_watch_its_steps_of_a_single_run(jobs: list[Job]) -> None:
+    run(lambda: command_line.train("recipe.yaml", run_dir=Path("run"), profile=True))
+    assert [job.options for job in jobs] == [{"allow_fresh": False, "profile": True}]
+    assert from_flags(as_flags(jobs[0].options)) == jobs[0].options, "as a job script passes them on"
+    with pytest.raises(ValueError, match="--profile watches one run; leave --sweep out"):
+        command_line.train("recipe.yaml", profile=True, sweep=["seed=1,2"])
 
 
 def test_an_export_of_another_average_and_an_import_are_jobs(jobs: list[Job], tmp_path: Path) -> None:

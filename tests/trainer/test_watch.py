@@ -185,6 +185,16 @@ def test_a_rank_that_moves_or_ticks_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "exit.json").exists()
 
 
+def test_ranks_that_measure_or_wait_for_that_may_take_much_longer_than_the_limit(tmp_path: Path) -> None:
+    watches = [Watch(tmp_path, rank=rank, world_size=2, limit_seconds=0.4) for rank in range(2)]
+    for watch, phase in zip(watches, ("measure", "wait"), strict=True):
+        watch.phase(phase, 0)
+    threading.Event().wait(1.0)
+    for watch in watches:
+        watch.close()
+    assert not (tmp_path / "exit.json").exists()
+
+
 def test_a_rank_that_was_stopped_as_a_whole_and_goes_on_is_no_hang(tmp_path: Path) -> None:
     with _ranks(tmp_path, 1) as [rank]:
         _goes(rank, "compute", 1)
@@ -216,6 +226,7 @@ def test_the_reason_of_a_rank_that_failed_before_is_kept(tmp_path: Path) -> None
         ([("reduce", 5), ("data", 5), ("data", 5)], {}, 1, "rank 1 on node1"),
         ([("reduce", 5), ("reduce", 4), ("reduce", 5)], {}, 1, "the other ranks: 2 in reduce of step 5"),
         ([("join", 9), ("join", 9), ("stage", 9)], {}, 2, "phase stage of step 9"),
+        ([("measure", 0), ("wait", 0), ("wait", 0)], {}, 0, "phase measure of step 0"),
     ],
 )
 def test_the_rank_at_fault_is_the_one_that_the_others_wait_for(

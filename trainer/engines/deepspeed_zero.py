@@ -21,6 +21,7 @@ from trainer.engines.precision import autocast, evaluation
 from trainer.engines.zero_partitions import ZeroOptimizer, bucket_elements, partitions, places, publish
 from trainer.models.network import Network, network
 from trainer.optim import build_optimizer
+from trainer.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +110,17 @@ class DeepSpeedZero:
         share = ranks.share(self.micro_batches)
         self.local.prepare(step, learning_rate=learning_rate)
         for index, loss_per_image in zip(share, losses, strict=True):
-            with autocast(self.precision):
+            with span("forward"), autocast(self.precision):
                 loss = loss_per_image(self._predict).mean()
             # DeepSpeed divides by the accumulation and takes the mean over the ranks: together, by all micro-batches.
-            self.deepspeed.backward(loss * self.local.scale.value if self.local.scale.enabled else loss)
+            with span("backward"):
+                self.deepspeed.backward(loss * self.local.scale.value if self.local.scale.enabled else loss)
             sums[index] = loss.detach()
             if index != share[-1]:
                 self.deepspeed.step()
-        ranks.all_reduce_sum(sums)
-        numbers = sums.tolist()
+        with span("reduction"):
+            ranks.all_reduce_sum(sums)
+            numbers = sums.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
         # What stays so if DeepSpeed itself finds that the gradient is not finite: it clears it then, and updates nothing.
         self.gradient_norm = float("inf")
@@ -130,7 +133,8 @@ class DeepSpeedZero:
             return outcome == "applied"
 
         self.allow = allow
-        self.deepspeed.step()
+        with span("reduction"):  # without what the optimizer takes in it
+            self.deepspeed.step()
         self.local.finish(step, outcome)
         return StepResult(outcome, tuple(loss_list), self.gradient_norm, tuple(told))
 
@@ -167,8 +171,9 @@ class DeepSpeedZero:
         if not self.allow():
             return
         gradients = [buffer.grad for group in self.local.optimizer.param_groups for buffer in group["params"] if buffer.grad is not None]
-        self.local.clip(gradients, self.gradient_norm)
-        self.update()
+        with span("clip and optimizer"):
+            self.local.clip(gradients, self.gradient_norm)
+            self.update()
 
 
 def _import_deepspeed():

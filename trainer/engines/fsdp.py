@@ -15,8 +15,9 @@ from trainer.config import EmaConfig, OptimConfig
 from trainer.engines.engine import LossPerImage, State, StepResult
 from trainer.engines.local_state import LocalState, Place
 from trainer.engines.precision import autocast, evaluation, lower_type
-from trainer.models.network import Network, network
+from trainer.models.network import Network, in_format, network
 from trainer.optim import build_optimizer
+from trainer.spans import span
 
 
 @final
@@ -59,7 +60,7 @@ class FullySharded:
         self.local = LocalState(
             self.weights, places, optimizer=build_optimizer(optim, self.weights), optim=optim, ema=ema, precision=precision
         )
-        self.network = _in_format(network(module), memory_format)
+        self.network = in_format(network(module), memory_format)
 
     def step(
         self, step: int, losses: Iterable[LossPerImage], *, learning_rate: float, votes: Sequence[float], loss_limit: float | None = None
@@ -69,18 +70,20 @@ class FullySharded:
         # FSDP2 takes the mean over the ranks, the global batch's loss is the mean over all micro-batches.
         share = self.local.scale.value * ranks.world_size() / self.micro_batches
         for index, loss_per_image in zip(ranks.share(self.micro_batches), losses, strict=True):
-            with autocast(self.precision):
+            with span("forward"), autocast(self.precision):
                 loss = loss_per_image(self.network).mean()
-            (loss * share).backward()
+            with span("backward"):
+                (loss * share).backward()
             sums[index] = loss.detach()
         for weight, parameter in zip(self.weights, self.parameters, strict=True):
             weight.grad = torch.zeros_like(weight) if parameter.grad is None else _local(parameter.grad).view(-1)
             parameter.grad = None
         sums[self.micro_batches : -1] = torch.tensor(votes)
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        sums[-1] = torch.stack(torch._foreach_norm(gradients)).square().sum() / self.replicas if gradients else 0.0
-        ranks.all_reduce_sum(sums)
-        *numbers, squared_norm = sums.tolist()
+        with span("reduction"):
+            sums[-1] = torch.stack(torch._foreach_norm(gradients)).square().sum() / self.replicas if gradients else 0.0
+            ranks.all_reduce_sum(sums)
+            *numbers, squared_norm = sums.tolist()
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
         gradient_norm = squared_norm**0.5 / self.local.scale.value
         outcome = self.local.update(
@@ -142,10 +145,3 @@ def _place(parameter: DTensor, shard_group: DeviceMesh, *, buffer: int) -> Place
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor), "FSDP2's parameters and gradients are DTensors"
     return tensor.to_local().detach()
-
-
-def _in_format(predict: Network, memory_format: str) -> Network:
-    """Shards are always contiguous; convolutions follow the format of their input."""
-    if memory_format == "contiguous":
-        return predict
-    return lambda x_t, *others: predict(x_t.contiguous(memory_format=torch.channels_last), *others)

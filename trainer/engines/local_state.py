@@ -13,6 +13,7 @@ from trainer.ema import ema_decay
 from trainer.engines.engine import Outcome, Shard, clip_factor, judge
 from trainer.engines.loss_scale import LossScale
 from trainer.optim_8bit import BLOCK, AdamW8bit, Moment, Span
+from trainer.spans import span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -132,16 +133,18 @@ class LocalState:
         """Judge a step and, if it is good, clip, move the weights and the averages. gradients: of the weights, with the loss scale."""
         outcome = self.judge(losses, gradient_norm, loss_limit=loss_limit)
         if outcome == "applied":
-            self.clip(gradients, gradient_norm)
-            self.prepare(step, learning_rate=learning_rate)
-            self.optimizer.step()
+            with span("clip and optimizer"):
+                self.clip(gradients, gradient_norm)
+                self.prepare(step, learning_rate=learning_rate)
+                self.optimizer.step()
         self.finish(step, outcome)
         return outcome
 
     def finish(self, step: int, outcome: Outcome) -> None:
         """What follows the optimizer: the averages move, the loss scale adapts."""
         if outcome == "applied":
-            self.average(step)
+            with span("EMA"):
+                self.average(step)
         if outcome != "bad":
             self.scale.update(overflow=outcome == "overflow")
 

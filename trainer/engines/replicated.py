@@ -14,6 +14,7 @@ from trainer.engines.local_state import LocalState, Place
 from trainer.engines.precision import autocast, evaluation
 from trainer.models.network import Network, network
 from trainer.optim import build_optimizer
+from trainer.spans import span
 
 _ALIGNMENT = 16  # floats: 64 bytes, a cache line and what vector kernels like
 
@@ -69,16 +70,18 @@ class Replicated:
         self.reduced.zero_()
         share = self.local.scale.value / self.micro_batches
         for index, loss_per_image in zip(ranks.share(self.micro_batches), losses, strict=True):
-            with autocast(self.precision):
+            with span("forward"), autocast(self.precision):
                 loss = loss_per_image(self.network).mean()
-            (loss * share).backward()
+            with span("backward"):
+                (loss * share).backward()
             self.tail[index] = loss.detach()
         self.tail[self.micro_batches :] = torch.tensor(votes)
-        ranks.all_reduce_sum(self.reduced)
-        norm = torch.linalg.vector_norm(self.gradients)
-        numbers = self.tail.tolist()
+        with span("reduction"):
+            ranks.all_reduce_sum(self.reduced)
+            norm = torch.linalg.vector_norm(self.gradients)
+            numbers = self.tail.tolist()
+            gradient_norm = norm.item() / self.local.scale.value
         loss_list, told = numbers[: self.micro_batches], numbers[self.micro_batches :]
-        gradient_norm = norm.item() / self.local.scale.value
         outcome = self.local.update(
             step, [self.gradients], losses=loss_list, gradient_norm=gradient_norm, learning_rate=learning_rate, loss_limit=loss_limit
         )

@@ -49,7 +49,7 @@ def plan_input(config: RunConfig, *, world_size: int, ranks_per_node: int, on_gp
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
         activation_checkpointing=config.train.activation_checkpointing,
-        memory_format=config.train.memory_format,
+        memory_format=config.train.layout,
         optim=config.optim,
         ema=config.ema,
         steps=sum(runs),

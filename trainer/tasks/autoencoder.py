@@ -75,7 +75,7 @@ def build_autoencoder_task(config: RunConfig, model: AutoencoderConfig, data: Tr
         draws = draw(config.seed, step, index, shape=(len(batch.keys), *shape), micro_batches=config.micro_batches, stratified=False)
         flips = draws.flips.to(ranks.device()) if config.data.horizontal_flip else None
         pixels = batch.images.to(ranks.device(), non_blocking=True)
-        images, noise = encode_pixels(pixels, flips=flips, memory_format=config.train.memory_format), draws.noise.to(ranks.device())
+        images, noise = encode_pixels(pixels, flips=flips, memory_format=config.train.layout), draws.noise.to(ranks.device())
 
         def loss(network: Network) -> Tensor:
             return autoencoding_loss(

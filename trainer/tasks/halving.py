@@ -127,10 +127,10 @@ def _placed(config: RunConfig, objective: ProgressiveDistillationConfig, model: 
     precision = objective.teacher_precision or config.engine.precision
     lower = lower_type(precision)
     use_attention(model, config.engine.attention, ranks.device(), **({} if lower is None else {"dtype": lower}))
-    if config.train.memory_format == "channels_last":
+    if config.train.layout == "channels_last":
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (a keyword-only overload)
     frozen = place_frozen(model, shard_units(model), shard_above_gib=config.engine.shard_frozen_above_gib, lower=lower)
-    if config.train.compile:
+    if config.train.compiles:
         frozen.compile()
     predict = network(frozen)
     if objective.teacher_precision is None:
@@ -181,7 +181,7 @@ class StudentError:
         uniforms = stratified_uniforms(generator(config.seed, "student error", "times"), count, stratum=0, strata=1)
         # In another order than the images', whose first ones may all be of one data set.
         uniforms = uniforms[torch.randperm(count, generator=generator(config.seed, "student error", "order"))]
-        x_0 = encode_pixels(self._images, flips=None, memory_format=config.train.memory_format).to(ranks.device())
+        x_0 = encode_pixels(self._images, flips=None, memory_format=config.train.layout).to(ranks.device())
         size = config.data.micro_batch_size
         with autocast(config.engine.precision):
             return [

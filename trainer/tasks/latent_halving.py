@@ -102,7 +102,7 @@ def build_latent_halving(
     frozen = place_frozen(
         teacher.trained.module, teacher.trained.denoiser.units(), shard_above_gib=config.engine.shard_frozen_above_gib, lower=lower
     )
-    if config.train.compile:
+    if config.train.compiles:
         frozen.compile()
     timesteps = trailing(len(levels.alpha_bar), settings.teacher_steps)
     grid = HalvingGrid.build(levels.alpha_bar, timesteps, student_steps=settings.student_steps, device=ranks.device())

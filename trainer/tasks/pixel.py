@@ -205,7 +205,7 @@ def _micro_batch(config: RunConfig, objective: Objective, batch: MicroBatch, ste
     )
     device = ranks.device()
     flips = draws.flips.to(device) if config.data.horizontal_flip else None
-    x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips, memory_format=config.train.memory_format)
+    x_0 = encode_pixels(batch.images.to(device, non_blocking=True), flips=flips, memory_format=config.train.layout)
     return Work(lambda model: objective(model, x_0, draws), draws.sha256())
 
 
