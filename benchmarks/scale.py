@@ -1,6 +1,6 @@
 """Memory of a rank, bytes it sends in a step, and predicted efficiency from 1 to 1,024 GPUs, on named networks: docs/scale.md's figures.
 
-    .venv/bin/python benchmarks/scale.py          about 15 minutes of one core; what was measured is kept and not measured again
+    .venv/bin/python benchmarks/scale.py          about 4 minutes on 2 cores; memory that was measured is kept
 
 Nothing here is run on a GPU: it is what `halfstep plan` says. Memory is that of rank 0 of a fake process group which takes a step of the
 real engine on tensors without memory (ZeRO: of the buffers that DeepSpeed keeps); traffic, time and efficiency follow from the engine's
