@@ -111,9 +111,9 @@ class Commands:
         try:
             self.run(name, words)
         finally:
-            taken["seconds"] = round(taken["seconds"] + time.monotonic() - began, 1)
+            taken["seconds"] += time.monotonic() - began
             replace_file(path, json_text(taken))
-        return taken
+        return {**taken, "seconds": round(taken["seconds"], 1)}
 
     def cut_short(self, name: str, words: Sequence[str], enough: Callable[[], bool], *, environment: Mapping[str, str]) -> None:
         """Run a command until `enough`, then kill it: what would come afterwards is not measured.

@@ -125,7 +125,7 @@ def credits_of(directory: Path) -> tuple[tuple[str, str], ...]:
     if not (run_dir / "recipe.yaml").exists() or not (is_export(run_dir) or has_model(run_dir)):
         return ()
     data = load_recipe(run_dir / "recipe.yaml", ()).data
-    indexes = [find_index(name, run_dir) for name in data.places]
+    indexes = [find_index(name, run_dir) for name in data.places or ("shards",)]
     return tuple(line for index in indexes for line in _credits_of(index))
 
 
