@@ -6,7 +6,8 @@ import stat
 import struct
 
 _BYTES_SENT, _BYTES_SENT_AGAIN = 200, 208
-"""Where linux/tcp.h's struct tcp_info has tcpi_bytes_sent and tcpi_bytes_retrans, from Linux 4.19 on: payload, and how much of it came again."""
+"""Where linux/tcp.h's struct tcp_info has tcpi_bytes_sent and tcpi_bytes_retrans, from Linux 4.19 on: payload, and its part
+that came again."""
 
 
 def sent_bytes() -> int:
