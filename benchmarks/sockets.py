@@ -6,8 +6,7 @@ import stat
 import struct
 
 _BYTES_SENT, _BYTES_SENT_AGAIN = 200, 208
-"""Where linux/tcp.h's struct tcp_info has tcpi_bytes_sent and tcpi_bytes_retrans, from Linux 4.19 on: payload, and its part
-that came again."""
+"""Where linux/tcp.h's struct tcp_info has tcpi_bytes_sent and tcpi_bytes_retrans (Linux 4.19): payload, and what of it came again."""
 
 
 def sent_bytes() -> int:
