@@ -43,7 +43,7 @@ class Benchmark:
     def command(self, peers: Mapping[str, Path], *, quick: bool) -> list[str]:
         """Of its process, from the repository's root."""
         words = [str(Path("benchmarks") / f"{self.name}.py"), *(["--quick"] if quick else [])]
-        return words + ([f"--{self.peer}", str(peers[self.peer])] if self.peer in peers else [])
+        return words + ([f"--{self.peer}", str(peers[self.peer])] if self.peer is not None and self.peer in peers else [])
 
     def missing(self, peers: Collection[str]) -> str | None:
         """What it lacks to be compared with its peer. peers: those that are given."""
