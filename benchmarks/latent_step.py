@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffusers_steps import RANKS, Bench, Recipe, Speed, check_scripts, fastest, report
+from diffusers_steps import RANKS, Bench, Recipe, Speed, best_pairs, check_scripts, report
 
 from trainer.architectures import Architecture
 from trainer.tiny_models.pipelines import write_pipeline
@@ -54,8 +54,7 @@ def main() -> None:
             for way in ("fp32", "bf16"):
                 pairs = [(each[f"theirs {way}"], each[f"ours {way}"]) for each in rounds]
                 report(f"latent_step_{task}_{way}", pairs, against=against, images=RANKS * BATCH)
-            pairs = [(fastest([each["theirs fp32"], each["theirs bf16"]]), each["ours best"]) for each in rounds]
-            report(f"latent_step_{task}_best", pairs, against=against, images=RANKS * BATCH)
+            report(f"latent_step_{task}_best", best_pairs(rounds), against=against, images=RANKS * BATCH)
 
 
 def _round(bench: Bench, task: str, *, steps: int) -> dict[str, Speed]:

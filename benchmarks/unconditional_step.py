@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from diffusers_steps import RANKS, Bench, Recipe, Speed, check_scripts, fastest, report
+from diffusers_steps import RANKS, Bench, Recipe, Speed, best_pairs, check_scripts, report
 
 from trainer.config import TinyUNetConfig
 from trainer.models.tiny_unet import build_tiny_unet
@@ -44,8 +44,7 @@ def main() -> None:
         rounds = [_round(bench, steps=steps, compiled=not options.quick) for _ in range(options.repeats or repeats)]
         for way in ("fp32", "bf16"):
             _report(way, [(each[f"theirs {way}"], each[f"ours {way}"]) for each in rounds])
-        best = [[fastest([speed for way, speed in each.items() if way.startswith(side)]) for side in ("theirs", "ours")] for each in rounds]
-        _report("best", [(theirs, ours) for theirs, ours in best])
+        _report("best", best_pairs(rounds))
 
 
 def _report(way: str, pairs: list[tuple[Speed, Speed]]) -> None:
