@@ -30,7 +30,7 @@ def _tell_everyone(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("tell", [_tell_the_command, _tell_rank_1, _tell_everyone])
+@pytest.mark.parametrize("tell", [_tell_the_command, pytest.param(_tell_rank_1, marks=pytest.mark.all_cases), _tell_everyone])
 def test_a_signal_ends_in_a_checkpoint_and_75_and_the_same_command_goes_on(
     two_ranks: Path, tmp_path: Path, tell: Callable[[subprocess.Popen[bytes]], None]
 ) -> None:
