@@ -31,7 +31,7 @@ ROLES = ("source", "finetune", "mixture", "teacher_samples")
 SAMPLERS: tuple[Sampler, ...] = ("ddim", "ancestral")
 STEPS = (16, 8, 4, 2, 1)
 HELD_OUT = 512
-SHOWN = 3
+SHOWN = 2
 TEACHER, BASE = "no_halving", "source_teacher"
 """Rows of the teacher itself, run in as few steps, and of the one that it was fine-tuned from."""
 
@@ -100,7 +100,7 @@ def main() -> int:
             if (role, sampler) not in known:
                 rows += seed.measured(role, sampler, reader)
                 write(rows, out, size=size)
-        if not known and seed.seed == seeds[0]:
+        if seed.seed == seeds[0] and seed.is_drawn():
             replace_file(out.with_name(f"{out.stem}_pictures.png"), png(_sheet(seed).quantize(256)))
     write(rows, out, size=size)
     return 0
@@ -147,6 +147,10 @@ class Seed:
             for stage in read_chain(self.folder / f"{role}_{sampler}"):
                 if stage.trained_here:
                     take_weights_away(stage.run_dir)
+
+    def is_drawn(self) -> bool:
+        """Whether all pictures of the sheet are there; they are not where another machine has measured."""
+        return all(self._path(role, sampler, steps).exists() for role in (TEACHER, *ROLES) for sampler in SAMPLERS for steps in STEPS)
 
     def _path(self, role: str, sampler: Sampler, steps: int) -> Path:
         return self.folder / "pictures" / f"{role}_{sampler}_{steps:02d}.npy"

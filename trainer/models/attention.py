@@ -96,9 +96,11 @@ class _AttendInFp32(TorchFunctionMode):
     ) -> Tensor:
         """See TorchFunctionMode."""
         kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention or args[0].shape[-2] * args[1].shape[-2] > _SCORES_IN_FP32:
-            return func(*args, **kwargs)
-        if args[0].is_meta:  # operations are counted: there are shapes alone, and meta has no autocast
+        if (
+            func is not scaled_dot_product_attention
+            or args[0].shape[-2] * args[1].shape[-2] > _SCORES_IN_FP32
+            or args[0].is_meta  # operations are counted: there are shapes alone, and meta has no autocast
+        ):
             return func(*args, **kwargs)
         with torch.autocast(args[0].device.type, enabled=False):
             attended = func(*map(_raised, args), **{name: _raised(given) for name, given in kwargs.items()})
