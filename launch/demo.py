@@ -84,11 +84,9 @@ def run_demo(out: Path, *, ranks: int, recipe: str = "demo", held_out: int = 200
         code = start_distill(recipe, [], How(run_dir=out, ranks=ranks))
     if code != DONE:
         return code
-    steps = [config.noise_schedule.steps, *students]
     with clock.part("evaluation"):
         options: dict[str, object] = {
             "reference": str(reference),
-            "steps": steps,
             "images": images,
             "seed": 0,
             "out": str(out / "evaluation.json"),

@@ -11,7 +11,7 @@ from data_shards.index import ShardIndex
 from trainer.evaluation import EvaluationRow, read_rows, write_rows
 from trainer.feature_net import UPDATES
 from trainer.options import Options, flag, integer, optional_text
-from trainer.pictures import Entry, Models, load_models, picture_row
+from trainer.pictures import MOST_MEASURED_STEPS, Entry, Models, load_models, picture_row
 from trainer.quality.faces_net import NetTraining, feature_net_on_ranks, has_attributes
 from trainer.quality.measure import Measure, TeacherReading, draw, measured_row, teacher_reading, timed_row
 from trainer.quality.memorisation import prepare_training
@@ -26,8 +26,6 @@ from trainer.stock import is_stock
 logger = logging.getLogger(__name__)
 
 DEFAULT_IMAGES = 512
-MOST_MEASURED_STEPS = 32
-"""Above it distances are not measured unless asked for: hundreds of images of hundreds of network calls each."""
 
 
 def evaluate_job(path: Path, options: Options) -> int:
@@ -53,7 +51,11 @@ def evaluate_job(path: Path, options: Options) -> int:
     if flag(options, "previous") and not (path / "chain.json").exists():
         raise ValueError(f"--previous: {path} is no chain, whose students have teachers; leave --previous out")
     _warn_of_training_images(path, index)
-    todo = models.entries(_integers(options, "steps") or models.step_counts())
+    measured_up_to = integer(options, "measure_up_to", MOST_MEASURED_STEPS)
+    asked = _integers(options, "steps")
+    todo = models.entries(asked or models.step_counts())
+    if not asked:
+        todo = (entry for entry in todo if not (entry.is_cut and entry.steps > measured_up_to))
     training, side = optional_text(options, "training"), models.image_size
     training_index = ShardIndex.load(training) if training else None
     other, clip = _other_nets(options)
@@ -70,7 +72,7 @@ def evaluate_job(path: Path, options: Options) -> int:
         images=images,
         seed=integer(options, "seed", 0),
         batch_size=batch_size,
-        measured_up_to=integer(options, "measure_up_to", MOST_MEASURED_STEPS),
+        measured_up_to=measured_up_to,
         time_batches=_integers(options, "time_batches"),
         cache=cache,
         out=out,

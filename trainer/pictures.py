@@ -33,6 +33,9 @@ Model = Literal["student", "teacher", "previous"]
 """previous: the student of the stage before, run in the next one's steps."""
 PICTURES = 8
 PICTURES_SEED = 0
+MOST_MEASURED_STEPS = 32
+"""Above it, unless asked for, no distances are measured (hundreds of images of hundreds of network calls each), and no teacher is cut to
+its students' counts: it draws there what it draws in all its steps."""
 _FOLDER = "pictures"
 _FACTS = "halfstep"
 _TITLES: dict[Model, tuple[str, str]] = {
@@ -52,6 +55,11 @@ class Entry:
     steps: int
     sampler: Sampler
     source: Source
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is a teacher run in fewer steps than it has noise levels."""
+        return self.model == "teacher" and self.steps < self.source.descriptor.step_count
 
 
 @final

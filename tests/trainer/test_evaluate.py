@@ -65,6 +65,14 @@ def test_a_chain_has_a_row_for_each_model_and_count(chain: Path, options: Option
     assert student.weights_sha256 == load_source(chain / "student_2").weights_sha256
 
 
+def test_a_teacher_is_cut_to_many_steps_only_where_it_is_asked_for(chain: Path, options: Options, tmp_path: Path) -> None:
+    evaluate_job(chain, {**options, "steps": None, "measure_up_to": 1})
+    found = {(row.model, row.steps) for row in read_rows(tmp_path / "out" / "evaluation.json")}
+    assert found == {("teacher", 64), ("student", 2), ("student", 1), ("teacher", 1)}
+    evaluate_job(chain, {**options, "steps": [2], "measure_up_to": 1})
+    assert ("teacher", 2) in {(row.model, row.steps) for row in read_rows(tmp_path / "out" / "evaluation.json")}
+
+
 def test_distances_are_those_of_the_images_that_sample_draws(chain: Path, options: Options, tmp_path: Path) -> None:
     evaluate_job(chain, {**options, "steps": [2]})
     row = read_rows(tmp_path / "out" / "evaluation.json")[0]

@@ -27,7 +27,8 @@ def chain_grid(pictures: Sequence[PictureRow], rows: Sequence[Measured]) -> str:
             label = f"{model}{_distance(row)}"
             who = f'<span class="who {model}">{label}</span>'
             if picture is None:
-                why = "This is the model that all students come from." if count == counts[0] and model == "student" else "not trained"
+                missing = {"student": "not trained", "teacher": "not drawn"}[model]
+                why = "This is the model that all students come from." if count == counts[0] and model == "student" else missing
                 lines.append(f'<div class="none">{who}{why}</div>')
             else:
                 lines.append(f"<div>{who}{strip(picture.images, f'{model}, {steps_text(count)}{_distance(row)}')}</div>")

@@ -7,7 +7,16 @@ from data_shards import ranks
 from data_shards.files import replace_file
 from trainer.chain import read_chain
 from trainer.options import Options, flag, integer, optional_text
-from trainer.pictures import Models, PictureRow, has_model, kept_picture_row, load_models, overview_picture, picture_row
+from trainer.pictures import (
+    MOST_MEASURED_STEPS,
+    Models,
+    PictureRow,
+    has_model,
+    kept_picture_row,
+    load_models,
+    overview_picture,
+    picture_row,
+)
 from trainer.report.gather import gather, gather_or_say, names_of
 from trainer.report.page import page
 from trainer.sample import png
@@ -50,7 +59,7 @@ def report_job(path: Path, options: Options) -> int:
 
 
 def draw_pictures(directory: Path, *, single_steps: int | None, draws: bool = True) -> tuple[PictureRow, ...]:
-    """Same-noise pictures: of a chain at each count that a model was made for the student and the teacher.
+    """Same-noise pictures: of a chain at each count that a model was made for the student and, if it is not too large, the teacher.
 
     single_steps: None for a directory that is alone; else pictures of more steps than this are not drawn, only shown where they
     are there already; a teacher and a single run, which are no students, are drawn in so many. draws: False draws none.
@@ -69,7 +78,7 @@ def draw_pictures(directory: Path, *, single_steps: int | None, draws: bool = Tr
         counts.add(min(single_steps, max(counts)))
     rows = []
     for entry in models.entries(counts):
-        costs = single_steps is not None and entry.steps > single_steps
+        costs = (single_steps is not None and entry.steps > single_steps) or (entry.is_cut and entry.steps > MOST_MEASURED_STEPS)
         row = picture_row(entry, directory) if draws and not costs else kept_picture_row(entry, directory)
         rows += [] if row is None else [row]
     return tuple(rows)
