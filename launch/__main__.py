@@ -192,6 +192,12 @@ def sample(
         "samples.png"
     ),
     sampler: SamplerOption = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|bf16", help="bf16 is faster and needs half the memory for weights; the same pictures but for its rounding."
+        ),
+    ] = "fp32",
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to draw.")] = None,
     guidance: Annotated[float | None, typer.Option(metavar="G", help="Pull towards the prompt; 1 is none.")] = None,
     guidance_rescale: Annotated[
@@ -227,6 +233,7 @@ def sample(
         "seed": seed,
         "out": str(out),
         "sampler": sampler,
+        "precision": precision,
         "negative_prompt": negative_prompt,
         "guidance": guidance,
         "guidance_rescale": guidance_rescale,

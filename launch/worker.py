@@ -269,6 +269,8 @@ def _init_logging(run_dir: Path | None) -> None:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers
     )
+    # why its kernels do not run here is what `halfstep doctor` says, and engine.attention=xformers; not every start of a rank
+    logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_shards import ranks
+from data_shards.derive.request import Precision
 from data_shards.files import replace_file
 from trainer import stages
 from trainer.config_sections import Sampler
@@ -50,12 +51,12 @@ def sample_job(path: Path, options: Options) -> int:
     """Draw images from `path` and write them: a grid where `out` names a .png, else a folder of a grid and single images.
 
     options: steps (default: the model's own; of a chain, those of the last student that is trained), images, seed, out, sampler
-    (default: the model's own), batch_size; of models that are told what to draw also those of
+    (default: the model's own), precision, batch_size; of models that are told what to draw also those of
     trainer.latents.drawing.sample_prompts. Returns the exit code.
-    Raises: ValueError for a bad source, step count, image count or sampler. Collective."""
+    Raises: ValueError for a bad source, step count, image count, sampler or precision. Collective."""
     steps, count = optional_integer(options, "steps"), integer(options, "images", 16)
     seed, batch_size = integer(options, "seed", 0), integer(options, "batch_size", DEFAULT_BATCH_SIZE)
-    out = Path(optional_text(options, "out") or "samples.png")
+    out, precision = Path(optional_text(options, "out") or "samples.png"), chosen_precision(options)
     if count < 1 or batch_size < 1:
         raise ValueError(f"--images {count} and --batch-size {batch_size} must be at least 1")
     if out.suffix.lower() in OTHER_IMAGE_SUFFIXES:
@@ -77,7 +78,7 @@ def sample_job(path: Path, options: Options) -> int:
             logger.info("%s: was made for %d steps, not for %d", path, made_for, steps)
     started = time.perf_counter()
     images = draw_on_ranks(
-        denoiser_on(source.model, ranks.device()),
+        denoiser_on(source.model, ranks.device(), precision=precision),
         source,
         steps=steps,
         seed=seed,
@@ -116,7 +117,7 @@ def _refuse_prompts(options: Options) -> None:
         if options.get(name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: this model draws images of one kind with nothing beside it; leave {option} out")
-    if any(options.get(name) for name in options.keys() - {"steps", "images", "seed", "out", "sampler", "batch_size"}):
+    if any(options.get(name) for name in options.keys() - {"steps", "images", "seed", "out", "sampler", "precision", "batch_size"}):
         from trainer.prompting.requests import asked, refuse_prompts
 
         refuse_prompts(asked(options))
@@ -135,6 +136,19 @@ def chosen_sampler(options: Options) -> Sampler | None:
             return "ancestral"
         case other:
             raise ValueError(f"--sampler {other} is not known; give ddim or ancestral")
+
+
+def chosen_precision(options: Options) -> Precision:
+    """What a job's options say that a finished model computes in; fp32 where they say nothing.
+
+    Raises: ValueError for any other name."""
+    match optional_text(options, "precision"):
+        case None | "fp32":
+            return "fp32"
+        case "bf16":
+            return "bf16"
+        case other:
+            raise ValueError(f"--precision {other} is not known; give fp32 or bf16")
 
 
 def write_images(out: Path, images: UInt8[Tensor, "b h w c"]) -> Path:

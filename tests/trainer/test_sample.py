@@ -86,6 +86,15 @@ def test_a_job_writes_a_grid_or_a_folder_of_images(write_run: WriteRun, tmp_path
     assert np.array_equal(single, draw_images(load_source(run_dir), steps=2, seed=4, count=3)[2].numpy())
 
 
+def test_a_picture_in_bf16_is_that_of_the_network_in_bf16(write_run: WriteRun, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", student_steps=2)
+    for precision in ("fp32", "bf16"):
+        assert sample_job(run_dir, {"images": 1, "precision": precision, "out": str(tmp_path / precision)}) == 0
+    fp32, bf16 = (torch.from_numpy(np.array(Image.open(tmp_path / name / "image_00000.png"))) for name in ("fp32", "bf16"))
+    assert torch.equal(bf16, draw_images(load_source(run_dir), steps=2, seed=0, count=1, precision="bf16")[0])
+    assert 0 < (fp32.int() - bf16.int()).abs().max() <= 8
+
+
 def test_a_chain_is_drawn_by_its_last_student_and_says_so_when_its_teacher_draws(
     write_run: WriteRun, write_chain: Callable[[dict[int, Path]], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,6 +126,7 @@ def test_two_ranks_write_the_grid_that_one_writes(write_run: WriteRun, tmp_path:
     [
         ({"images": 0}, "--images 0"),
         ({"sampler": "euler"}, "give ddim or ancestral"),
+        ({"precision": "fp16"}, "--precision fp16 is not known; give fp32 or bf16"),
         ({"steps": 3}, "--steps 2"),
         ({"out": "grid.jpg"}, "PNG"),
     ],

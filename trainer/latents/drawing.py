@@ -14,6 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint impo
 
 from data_shards import ranks
 from data_shards.encoders.files import find_pipeline
+from data_shards.encoders.precision import autocast
 from data_shards.files import read_json_object
 from trainer.adapters.lora import ADAPTER, lora_layers
 from trainer.architectures import Component
@@ -31,13 +32,13 @@ from trainer.models.deprecated import WuerstchenPriorPipeline
 from trainer.models.from_config import build_scheduler
 from trainer.options import Options, integer, optional_number, optional_text
 from trainer.prompting.adapter import apply_lora
-from trainer.prompting.folder import DECODER_OF, load_pipeline, load_with_decoder, reads
+from trainer.prompting.folder import DECODER_OF, load_pipeline, load_with_decoder, place_parts, reads
 from trainer.prompting.painters import painter
 from trainer.prompting.pictures import PictureRequest, draw, draw_on_ranks
 from trainer.prompting.requests import Asked, asked, requests_from, write_pictures
 from trainer.prompting.samplers import choose_sampler
 from trainer.prompting.sheet import SheetGroup, draw_sheet
-from trainer.sample import png
+from trainer.sample import chosen_precision, png
 
 logger = getLogger(__name__)
 
@@ -77,11 +78,11 @@ class Given:
 def sample_prompts(path: Path, options: Options) -> int:
     """Draw prompts with what is at `path` and write a sheet; returns the exit code.
 
-    options: those of trainer.prompting.requests.asked; out, sampler, batch_size, lora, lora_scale, base (of a LoRA's export), decoder
-    (of a prior), prior (of a decoder).
+    options: those of trainer.prompting.requests.asked; out, sampler, precision, batch_size, lora, lora_scale, base (of a LoRA's export),
+    decoder (of a prior), prior (of a decoder).
     Raises: ValueError naming what is missing, unknown or of no use to such a model. Collective."""
     wanted, batch_size = asked(options), integer(options, "batch_size", DEFAULT_BATCH_SIZE)
-    lora = optional_text(options, "lora")
+    lora, precision = optional_text(options, "lora"), chosen_precision(options)
     given = Given(
         base=optional_text(options, "base"),
         companion=_companion(options),
@@ -91,11 +92,14 @@ def sample_prompts(path: Path, options: Options) -> int:
     )
     drawer = open_drawer(path, given)
     requests = sized_requests(wanted, drawer)
+    for pipeline in (drawer.pipeline, drawer.decoder):
+        if pipeline is not None:
+            place_parts(pipeline, device=ranks.device(), precision=precision)
     paint = painter(drawer.pipeline, drawer.decoder)
     if ranks.is_rank_0():
         logger.info("%s: drawing %d images", path, len(requests))
     started = time.perf_counter()
-    with torch.no_grad():
+    with autocast(ranks.device(), precision), torch.no_grad():
         images = draw_on_ranks(paint, requests, batch_size=batch_size)
     seconds = time.perf_counter() - started
     if ranks.is_rank_0():

@@ -87,6 +87,25 @@ def test_the_job_writes_a_grid_or_a_sheet_of_prompts(run_dir: Path, tmp_path: Pa
     assert Image.open(tmp_path / "sheet.png").height > 2 * 128
 
 
+@pytest.mark.parametrize(
+    ("kind", "role", "other"),
+    [
+        ("stable_diffusion", None, ""),
+        ("wuerstchen_prior", "decoder", "wuerstchen_prior/decoder"),
+        ("kandinsky22_prior", "decoder", "kandinsky22_decoder"),
+        ("kandinsky22_decoder", "prior", "kandinsky22_prior"),
+    ],
+)
+def test_bf16_draws_the_same_pictures_but_for_its_rounding(bases: Bases, tmp_path: Path, kind: str, role: str | None, other: str) -> None:
+    name, _, part = other.partition("/")
+    beside = {role: str(bases(name) / part)} if role else {}
+    for precision in ("fp32", "bf16"):
+        options = {**ASKED, **beside, "size": "128", "precision": precision, "out": str(tmp_path / precision)}
+        assert sample_job(bases(kind), options) == 0
+    fp32, bf16 = (np.asarray(Image.open(tmp_path / name / "image_00000.png")).astype(int) for name in ("fp32", "bf16"))
+    assert largest_difference(fp32, bf16) > 0 and np.abs(fp32 - bf16).mean() < 4
+
+
 @pytest.mark.parametrize("kind", ["stable_diffusion", "wuerstchen_prior", "kandinsky22_prior"])
 def test_a_network_that_still_trains_draws_what_its_finished_run_draws(bases: Bases, tmp_path: Path, kind: str) -> None:
     device, base = torch.device("cpu"), bases(kind)
