@@ -14,6 +14,7 @@ from data_shards.remote.locations import Location
 from data_shards.remote.store import open_cache
 from launch.shards.actions import pack_source
 from trainer.config import DataConfig, FacesConfig, RunConfig
+from trainer.config_data import DATA_SHA256, MIXTURE_SHA256
 
 REMOTE_NAME = "remote.json"  # in a run's own data folder: which remote folder of shards is frozen where
 
@@ -83,9 +84,9 @@ def data_identity(data: DataConfig, folders: Sequence[Path]) -> dict[str, object
     """What of the data must not change on a resume, as dotted keys: each index's sha256, and the weights."""
     hashes = [ShardIndex.load(folder).sha256 for folder in folders]
     if not data.mixture:
-        return {"data.shards sha256": hashes[0]}
+        return {DATA_SHA256: hashes[0]}
     weights = [source.weight for source in data.mixture]
-    return {"data.mixture sha256": hashes, "data.mixture weights": weights}
+    return {MIXTURE_SHA256: hashes, "data.mixture weights": weights}
 
 
 def pack_faces(faces: FacesConfig, out: Path, *, start: int = 0) -> Path:

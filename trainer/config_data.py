@@ -11,6 +11,8 @@ from data_shards.config import CC0, FACE_STYLES
 from trainer.config_sections import Count, CountOrZero, Positive, Problem, Section
 
 DataRole = Literal["source", "finetune", "mixture", "teacher_samples"]
+DATA_SHA256, MIXTURE_SHA256 = "data.shards sha256", "data.mixture sha256"
+"""Of the index or indexes, in a run's identity.json: the same images in another folder are the same."""
 
 
 class FacesConfig(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 from data_shards import ranks
 from data_shards.files import read_json_object
 from data_shards.index import ShardIndex
+from trainer.config_data import DATA_SHA256, MIXTURE_SHA256
 from trainer.evaluation import EvaluationRow, read_rows, write_rows
 from trainer.feature_net import UPDATES
 from trainer.options import Options, flag, integer, optional_text
@@ -141,7 +142,7 @@ def _models(path: Path, options: Options) -> Models:
 def _warn_of_training_images(path: Path, reference: ShardIndex) -> None:
     """Say so where the reference is what a run or chain was trained on."""
     identity = read_json_object(path / "identity.json") if (path / "identity.json").is_file() else {}
-    trained_on = [value for name in ("data.shards sha256", "data.mixture sha256") for value in _as_list(identity.get(name))]
+    trained_on = [value for name in (DATA_SHA256, MIXTURE_SHA256) for value in _as_list(identity.get(name))]
     if reference.sha256 in trained_on and ranks.is_rank_0():
         logger.warning("%s was trained on the images of --reference %s: being near to them is no merit", path, reference.root)
 

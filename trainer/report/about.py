@@ -16,6 +16,7 @@ from trainer.config import (
     identity,
     pixel_objective,
 )
+from trainer.config_data import DATA_SHA256
 from trainer.config_io import load_recipe
 from trainer.export_folder import is_export
 from trainer.model_card import find_index
@@ -58,10 +59,6 @@ def stage_title(recipe: RunConfig) -> str:
             return "Autoencoder"
         case DenoisingConfig() | LatentDenoisingConfig():
             return "Fine-tuning" if base_of(recipe) else "Training"
-
-
-DATA_SHA256 = "data.shards sha256"
-"""Of the index, among a run's settings: the same images in another folder are the same."""
 
 
 def base_of(recipe: RunConfig) -> str:

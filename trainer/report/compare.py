@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import isfinite
 
-from trainer.report.about import DATA_SHA256
+from trainer.config_data import DATA_SHA256
 from trainer.report.curves import final_loss, steps_done
 from trainer.report.evaluated import has_quality, measured_alike, own_rows
 from trainer.report.html import duration, heads, steps_text, table
