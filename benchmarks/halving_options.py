@@ -1,8 +1,8 @@
 """What each option of halving is worth: quality by step count and cost of the same chain with one thing changed, on faces.
 
-The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, with one change to the demo's
-recipe, kept below --root: the same command goes on where it was. Every student draws images from the same noise, which are compared
-with held-out faces. Writes the figures as JSON, a table as Markdown and a sheet of pictures."""
+The demo's teacher is trained once; each variant halves its 32 sampling steps to 1 by the command line, with one change to the base,
+which is the demo's recipe with loss v_mse, kept below --root: the same command goes on where it was. Every student draws images from
+the same noise, which are compared with held-out faces. Writes the figures as JSON, a table as Markdown and a sheet of pictures."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ from trainer.source import load_source
 STYLE, HELD_OUT, SHOWN = "open-peeps", 2000, 3
 STEPS = (16, 8, 4, 2, 1)
 START = 32
-BASE, TEACHER = "the demo's recipe", "teacher as it is"
+BASE, TEACHER = "base", "teacher as it is"
 
 
 @final
@@ -201,7 +201,7 @@ class Chain:
                 halfstep("train", "demo", *common, "--run-dir", str(teacher), "distill=null")
         else:
             updates, rates = _listed(self.size.updates), _listed(self.size.rates)
-            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates}
+            base = {"teacher": teacher, "start_steps": START, "updates": updates, "learning_rate": rates, "loss": "v_mse"}
             changed = {word.partition("=")[0] for word in words}
             own = [f"distill.{key}={value}" for key, value in base.items() if f"distill.{key}" not in changed]
             halfstep("distill", "demo", *common, "--run-dir", str(self.folder / "chain"), f"seed={self.seed}", *own, *words)
