@@ -316,7 +316,8 @@ class Loop:
         assert self.task.draw is not None, "asked only where there is something to draw"
         with self.engine.averaged() as averaged:
             ema = self.task.draw(ticking(averaged), step)
-        raw = self.task.draw(ticking(self.engine.raw()), step)
+        # Before the first step the average is of nothing but the weights themselves.
+        raw = ema if step == 0 else self.task.draw(ticking(self.engine.raw()), step)
         if self.reporter:
             self.reporter.write_samples(step, {"ema": ema, "raw": raw})
 
