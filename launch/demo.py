@@ -19,9 +19,9 @@ from trainer.exit_codes import DONE
 
 _INTRODUCTION = """halfstep demo, in {out} on {ranks} local ranks:
   1. shards    draw and pack {faces} cartoon faces                        half a minute
-  2. teacher   learn to draw faces in {levels} steps: {teacher} updates           5 to 8 minutes
-  3. students  halve that {halvings} times, down to {last} step{plural}: {students} updates      5 to 8 minutes
-  4. evaluate  measure all against {held_out} held-out faces, write the report   4 to 6 minutes
+  2. teacher   learn to draw faces in {levels} steps: {teacher} updates           4 to 8 minutes
+  3. students  halve that {halvings} times, down to {last} step{plural}: {students} updates      3 to 8 minutes
+  4. evaluate  measure all against {held_out} held-out faces, write the report   3 to 6 minutes
 All in all 10 to 20 minutes on 2 cores. Stop it whenever you like: the same command goes on where it stopped.
 """
 
