@@ -171,7 +171,7 @@ class ProgressiveDistillationConfig(Section):
     turn_steps: Count | None = None
     """Optimizer steps over which the head turns from the teacher's prediction, where it is another, to this one; null: the same."""
     loss: DistillationLoss = "v_mse"
-    """Space and weight of the squared error."""
+    """Space and weight of the squared error. min_snr all but leaves out the noisiest levels, where students of few steps live."""
     min_snr_gamma: Positive = 5.0
     """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
     clip_target: bool = False
@@ -499,7 +499,7 @@ class DistillConfig(Section):
     sampler: Sampler = "ddim"
     """Sampler that the students are meant for; the target unless given."""
     loss: DistillationLoss = "v_mse"
-    """Space and weight of the squared error."""
+    """Space and weight of the squared error. min_snr all but leaves out the noisiest levels, where students of few steps live."""
     min_snr_gamma: Positive = 5.0
     """Upper bound of the signal-to-noise weight of loss min_snr; dimensionless."""
     clip_target: bool = False
