@@ -77,7 +77,7 @@ def test_loss_speed_and_grids_are_on_the_page(tensorboard: str, tmp_path: Path) 
     address = f"{tensorboard}/?tagFilter=loss%7Cspeed%7Csamples#timeseries"
     names = ("train/loss", "speed/images_per_second", "samples/ema", "samples/raw", "stage_00_1000_steps", "stage_01_0500_steps")
     missing = list(names)
-    for attempt in range(3):  # on a busy machine a page may not be complete when the browser's clock runs out
+    for attempt in range(6):  # on a busy machine a page may not be complete when the browser's clock runs out
         page = _page(address, tmp_path / str(attempt))
         missing = [name for name in names if name not in page]
         if not missing:
