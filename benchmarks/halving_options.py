@@ -267,7 +267,7 @@ def sheet(chains: Mapping[str, Chain]) -> bytes:
         SheetGroup(f"{steps} step{'' if steps == 1 else 's'}", torch.stack([chain.pictures(steps)[:SHOWN] for chain in chains.values()]))
         for steps in (4, 1)
     ]
-    return png(draw_sheet(list(chains), groups).quantize(256))
+    return png(draw_sheet(list(chains), groups).quantize(128))
 
 
 if __name__ == "__main__":
