@@ -152,14 +152,19 @@ def report(name: str, pairs: Sequence[tuple[Speed, Speed]], *, against: str, ima
 
 
 def best_pairs(rounds: Sequence[Mapping[str, Speed]]) -> list[tuple[Speed, Speed]]:
-    """(theirs, ours) of each repeat, in the way of each side whose median by the wall clock is the lowest.
+    """(theirs, ours) of each repeat, in the fastest way of each side. rounds: as of best_ways."""
+    theirs, ours = best_ways(rounds)
+    sys.stderr.write(f"best: {theirs}, {ours}\n")
+    return [(each[theirs], each[ours]) for each in rounds]
 
-    rounds: speeds by way, whose names begin with the side, `ours` or `theirs`."""
+
+def best_ways(rounds: Sequence[Mapping[str, Speed]]) -> tuple[str, str]:
+    """Theirs and ours whose median by the wall clock is the lowest.
+
+    rounds: speeds by way, whose names begin with the side, `ours` or `theirs`; all hold the same ways."""
 
     def way(side: str) -> str:
         ways = [name for name in rounds[0] if name.startswith(side)]
         return min(ways, key=lambda name: statistics.median(each[name].wall for each in rounds))
 
-    theirs, ours = way("theirs"), way("ours")
-    sys.stderr.write(f"best: {theirs}, {ours}\n")
-    return [(each[theirs], each[ours]) for each in rounds]
+    return way("theirs"), way("ours")

@@ -7,13 +7,16 @@ ends, in wall seconds and in CPU seconds of its process.
 
 `fp32`, `bf16`: equal precision and settings. `best`: the fastest of each side's documented settings: ours in bf16, as images lie or
 channels last, compiled (train.compile) or not; theirs in either precision, compiled (accelerate's ACCELERATE_DYNAMO_BACKEND=inductor)
-or not. --quick compiles neither."""
+or not. Compiling takes minutes, so the first round measures every way and the others the equal ones and each side's fastest. --quick
+compiles neither."""
 
 import argparse
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-from diffusers_steps import RANKS, Bench, Recipe, Speed, best_pairs, check_scripts, report
+from diffusers_steps import RANKS, Bench, Recipe, Speed, best_pairs, best_ways, check_scripts, report
 
 from trainer.config import TinyUNetConfig
 from trainer.models.tiny_unet import build_tiny_unet
@@ -22,6 +25,7 @@ SCRIPT = "examples/unconditional_image_generation/train_unconditional.py"
 BATCH, SIDE = 8, 64
 # Their script draws pictures at the end of its first epoch, which a run must not come to.
 PICTURES = 1024
+EQUAL = ("ours fp32", "theirs fp32", "ours bf16", "theirs bf16")
 MODEL = TinyUNetConfig(
     channels=(64, 128, 192, 192), attention=(False, False, True, True), layers_per_block=2, attention_heads=4, norm_groups=32
 )
@@ -41,10 +45,14 @@ def main() -> None:
         bench = Bench(Path(name), options.diffusers.resolve())
         bench.write_pictures(PICTURES, SIDE)
         build_tiny_unet(MODEL, SIDE).save_config(_shape(bench))
-        rounds = [_round(bench, steps=steps, compiled=not options.quick) for _ in range(options.repeats or repeats)]
+        ways = _ways(bench, steps=steps, compiled=not options.quick)
+        rounds = [{name: measure() for name, measure in ways.items()}]
+        again = {*EQUAL, *best_ways(rounds)}
+        for _ in range((options.repeats or repeats) - 1):
+            rounds.append({name: measure() for name, measure in ways.items() if name in again})
         for way in ("fp32", "bf16"):
             _report(way, [(each[f"theirs {way}"], each[f"ours {way}"]) for each in rounds])
-        _report("best", best_pairs(rounds))
+        _report("best", best_pairs([{name: each[name] for name in again} for each in rounds]))
 
 
 def _report(way: str, pairs: list[tuple[Speed, Speed]]) -> None:
@@ -56,24 +64,23 @@ def _shape(bench: Bench) -> Path:
     return bench.folder / "unet"
 
 
-def _round(bench: Bench, *, steps: int, compiled: bool) -> dict[str, Speed]:
-    """Every way once, ours and theirs by turns."""
-    ways = {}
-    for precision in ("fp32", "bf16"):
-        ways[f"ours {precision}"] = bench.ours(precision, _recipe(bench, precision), steps=steps)
-        ways[f"theirs {precision}"] = _theirs(bench, precision, steps=steps)
+def _ways(bench: Bench, *, steps: int, compiled: bool) -> dict[str, Callable[[], Speed]]:
+    """What measures each way, ours and theirs by turns."""
     last = {"memory_format": "channels_last"}
-    ways["ours bf16 channels_last"] = bench.ours("bf16 channels_last", _recipe(bench, "bf16", **last), steps=steps)
+    settings = {"ours fp32": {}, "theirs fp32": {}, "ours bf16": {}, "theirs bf16": {}, "ours bf16 channels_last": last}
     if compiled:
-        for precision in ("fp32", "bf16"):
-            ways[f"theirs {precision} compiled"] = _theirs(bench, precision, steps=steps, compiled=True)
-        ways["ours bf16 compiled"] = bench.ours("bf16 compiled", _recipe(bench, "bf16", compile=True), steps=steps)
-        recipe = _recipe(bench, "bf16", compile=True, **last)
-        ways["ours bf16 channels_last compiled"] = bench.ours("bf16 channels_last compiled", recipe, steps=steps)
-    return ways
+        settings |= {f"{way} compiled": {**settings[way], "compile": True} for way in settings if way != "ours fp32"}
+
+    def measure(way: str, train: Mapping[str, object]) -> Speed:
+        side, precision, *_ = way.split()
+        if side == "ours":
+            return bench.ours(way.removeprefix("ours "), _recipe(bench, precision, train), steps=steps)
+        return _theirs(bench, precision, steps=steps, compiled="compile" in train)
+
+    return {way: partial(measure, way, train) for way, train in settings.items()}
 
 
-def _recipe(bench: Bench, precision: str, **train: object) -> Recipe:
+def _recipe(bench: Bench, precision: str, train: Mapping[str, object]) -> Recipe:
     """The settings of their script. train: of the section of that name."""
     return {
         "data": {"shards": str(bench.shards), "global_batch_size": RANKS * BATCH, "micro_batch_size": BATCH},
@@ -83,7 +90,7 @@ def _recipe(bench: Bench, precision: str, **train: object) -> Recipe:
         "optim": {"learning_rate": 1e-4, "betas": [0.95, 0.999], "weight_decay": 1e-6},
         "lr_schedule": {"kind": "constant"},
         "ema": {"decay": 0.9999},
-        "train": train,
+        "train": dict(train),
         "engine": {"precision": precision},
         "logging": {"sample_every_steps": 0},
     }
