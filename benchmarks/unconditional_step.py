@@ -8,17 +8,24 @@ ends, in wall seconds and in CPU seconds of its process.
 `fp32`, `bf16`: equal precision and settings. `best`: the fastest of each side's documented settings: ours in bf16, as images lie or
 channels last, compiled (train.compile) or not; theirs in either precision, compiled (accelerate's ACCELERATE_DYNAMO_BACKEND=inductor)
 or not. Compiling takes minutes, so the first round measures every way and the others the equal ones and each side's fastest. --quick
-compiles neither."""
+compiles neither.
+
+`limit`: the ratio of a side of which nothing but the network's convolutions, products and attention took time, at the rate of one core's
+square bf16 products, against theirs at its best."""
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from diffusers_steps import RANKS, Bench, Recipe, Speed, best_pairs, best_ways, check_scripts, report
+from gpu_parts.bench import matmul_teraflops
+from measure import print_ratio
 
 from trainer.config import TinyUNetConfig
+from trainer.models.flops import forward_flops
 from trainer.models.tiny_unet import build_tiny_unet
 
 SCRIPT = "examples/unconditional_image_generation/train_unconditional.py"
@@ -52,11 +59,27 @@ def main() -> None:
             rounds.append({name: measure() for name, measure in ways.items() if name in again})
         for way in ("fp32", "bf16"):
             _report(way, [(each[f"theirs {way}"], each[f"ours {way}"]) for each in rounds])
-        _report("best", best_pairs([{name: each[name] for name in again} for each in rounds]))
+        best = best_pairs([{name: each[name] for name in again} for each in rounds])
+        _report("best", best)
+        _report_limit([theirs for theirs, _ in best])
 
 
 def _report(way: str, pairs: list[tuple[Speed, Speed]]) -> None:
     report(f"unconditional_step_{way}", pairs, against="diffusers' train_unconditional.py", images=RANKS * BATCH)
+
+
+def _report_limit(theirs: Sequence[Speed]) -> None:
+    torch.set_num_threads(1)
+    rate = matmul_teraflops(torch.device("cpu"), side=2048) * 1e12
+    forward = forward_flops(lambda: build_tiny_unet(MODEL, SIDE), image_shape=(3, SIDE, SIDE))
+    seconds = 3 * forward * BATCH / rate  # a forward pass, and twice as much for the gradients of inputs and weights
+    print_ratio(
+        "unconditional_step_limit",
+        [each.cpu / seconds for each in theirs],
+        against="the network's arithmetic alone, in processor time of rank 0",
+        milliseconds_per_step=seconds * 1e3,
+        gigaflops_per_second=rate / 1e9,
+    )
 
 
 def _shape(bench: Bench) -> Path:

@@ -54,7 +54,7 @@ class Bench:
 
     def matmul_teraflops(self) -> float:
         """What the device reaches in bf16 matrix products, measured once: MFU is the share of it."""
-        row = self.store.once("machine_matmul", lambda: {"teraflops_per_second": _matmul_teraflops(self.device, self.size.matmul)})
+        row = self.store.once("machine_matmul", lambda: {"teraflops_per_second": matmul_teraflops(self.device, self.size.matmul)})
         return row["teraflops_per_second"]
 
     def short_run(self, name: str, words: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Row:
@@ -109,7 +109,7 @@ def speed(lines: Sequence[Mapping[str, float]], *, peak: float) -> Row:
     }
 
 
-def _matmul_teraflops(device: torch.device, side: int) -> float:
+def matmul_teraflops(device: torch.device, side: int) -> float:
     """1e12 operations a second of square bf16 products of random numbers, the median of a few."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
