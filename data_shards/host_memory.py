@@ -10,7 +10,7 @@ _LARGEST_HEAP_BLOCK = 32 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 1 GiB, in place of returning it to the system and faulting it in again.
+    """Let this process, and what it forks, each keep what it frees, up to 1 GiB, and not return it to the system and fault it in again.
 
     A training step on CPU cores allocates and frees the same activations every time: without this, glibc may map and unmap them, and
     the system clears 4 KiB at a time. Blocks of more than 32 MiB are returned as ever. Does nothing with another C library.

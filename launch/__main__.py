@@ -292,7 +292,7 @@ def evaluate(
         bool, typer.Option("--previous", help="Of a chain: each student's own teacher, run in the student's steps, too.")
     ] = False,
     measure_up_to: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of more steps only seconds are measured, on the eight images of the report.")
+        int, typer.Option(min=1, metavar="N", help="Of more steps only seconds are measured, of students and the whole teacher.")
     ] = 32,
     time_batches: Annotated[str | None, typer.Option(metavar="B,B,...", help="Time drawing by batches of these sizes, too.")] = None,
     training: Annotated[

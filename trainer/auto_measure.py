@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _WARM_CALLS = 2
 """Of each candidate before it is timed; a compiled one's first is its compilation."""
 _LIMIT_SECONDS = 1800.0
-"""After which no further candidate is begun."""
+"""After which no further candidate, nor another round of all, is begun."""
 _WHOLE_GIB = 1e9
 """Rank 0 measures alone, so that no frozen model is shared among the ranks."""
 
@@ -187,6 +187,8 @@ def _measure(
         for timing, seconds in zip(warm, taken, strict=True):
             look()
             seconds.append(copies[timing.candidate.memory_format].seconds(compiled=timing.candidate.compile))
+        if time.perf_counter() - began > _LIMIT_SECONDS:
+            break
     timings = tuple(replace(timing, seconds=tuple(seconds)) for timing, seconds in zip(warm, taken, strict=True))
     return Measurement(timings, _conditions(config, data), failed)
 

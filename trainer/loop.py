@@ -180,6 +180,7 @@ class Loop:
             if self.profile:
                 self.watch.phase("profile", step)
                 self.profile.stepped()
+                boundary = time.perf_counter()  # what it writes is no part of the next step
 
     def _measure_student(self, step: int) -> None:
         """Measure the student's error where it is due and has not been measured before a resume. Collective."""

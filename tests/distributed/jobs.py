@@ -2,12 +2,14 @@
 
 import threading
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from data_shards import ranks
 from data_shards.index import ShardIndex
+from trainer.auto_choice import Choice
 from trainer.auto_measure import settle
 from trainer.checkpoint import agree_on_pieces, agreed_checkpoint, read_tensors
 from trainer.config_io import load_recipe
@@ -79,13 +81,16 @@ def wait_on_rank_0() -> None:
         threading.Event().wait()
 
 
-def settle_run(run_dir: str) -> dict[str, object]:
-    """Measure what the run's recipe leaves open; the train section that this rank goes on with. Collective."""
+def settle_run(run_dir: str, recipes: list[str]) -> dict[str, object]:
+    """Measure what the run's recipe leaves open, and choose the last candidate; the train section that this rank goes on with. Collective.
+
+    recipes: of each rank."""
     path = Path(run_dir)
-    config = load_recipe(path / "recipe.yaml", [])
+    config = load_recipe(Path(recipes[ranks.rank()]), [])
     watch = Watch(path, rank=ranks.rank(), world_size=ranks.world_size(), limit_seconds=HANG_SECONDS)
     try:
-        settled = settle(config, path, TrainingData.open(config, path), start_step=0, stop=StopRequest(), watch=watch)
+        with mock.patch("trainer.auto_measure.choose", lambda timings, micro_batches: Choice(timings[-1].candidate, ("for a test",))):
+            settled = settle(config, path, TrainingData.open(config, path), start_step=0, stop=StopRequest(), watch=watch)
     finally:
         watch.close()
     assert settled is not None, "nobody asked to stop"

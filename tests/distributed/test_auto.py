@@ -9,13 +9,15 @@ from data_shards.packing.pack import pack
 from data_shards.sources.faces import FacesSource
 from launch.run_dir import freeze
 from tests.distributed.pool import RankPool
+from trainer.auto_choice import AUTO_FILE
 from trainer.config import RunConfig
-from trainer.config_io import load_recipe
+from trainer.config_io import dump_yaml, load_recipe
 
 pytestmark = pytest.mark.distributed
 
 
-def test_two_ranks_go_on_with_what_rank_0_has_frozen(pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
     pack(FacesSource("open-peeps", 8), tmp_path / "shards", size=8, workers=1)
     recipe = {
         "data": {"shards": str(tmp_path / "shards"), "global_batch_size": 4, "micro_batch_size": 2},
@@ -23,7 +25,22 @@ def test_two_ranks_go_on_with_what_rank_0_has_frozen(pool: Callable[[int], RankP
         "train": {"steps": 4, "memory_format": "auto", "compile": "auto"},
     }
     freeze(tmp_path / "run", RunConfig.model_validate(recipe), shards=tmp_path / "shards")
-    first, second = pool(2).run("tests.distributed.jobs:settle_run", {"run_dir": str(tmp_path / "run")})
-    frozen = load_recipe(tmp_path / "run" / "recipe.yaml").train
-    assert not frozen.to_measure
+    return tmp_path / "run"
+
+
+def test_two_ranks_go_on_with_what_rank_0_has_frozen(pool: Callable[[int], RankPool], run_dir: Path) -> None:
+    recipe = run_dir / "recipe.yaml"
+    first, second = pool(2).run("tests.distributed.jobs:settle_run", {"run_dir": str(run_dir), "recipes": [str(recipe)] * 2})
+    frozen = load_recipe(recipe).train
+    assert not frozen.to_measure and frozen.layout == "channels_last"
     assert first == second == frozen.model_dump(mode="json")
+
+
+def test_what_one_rank_knows_is_not_measured_again(pool: Callable[[int], RankPool], run_dir: Path, tmp_path: Path) -> None:
+    late, frozen = run_dir / "recipe.yaml", tmp_path / "frozen.yaml"
+    config = load_recipe(late)
+    known = config.train.model_copy(update={"memory_format": "contiguous", "compile": False})
+    frozen.write_text(dump_yaml(config.model_copy(update={"train": known})))
+    first, second = pool(2).run("tests.distributed.jobs:settle_run", {"run_dir": str(run_dir), "recipes": [str(late), str(frozen)]})
+    assert first == second == known.model_dump(mode="json")
+    assert not (run_dir / AUTO_FILE).exists()

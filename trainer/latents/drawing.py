@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 
 from data_shards import ranks
+from data_shards.derive.request import Precision
 from data_shards.encoders.files import find_pipeline
 from data_shards.encoders.precision import autocast
 from data_shards.files import read_json_object
@@ -44,12 +45,14 @@ logger = getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 4
 _CARD_PROMPTS, _CARD_SEEDS = 4, 2
+_HOST = torch.device("cpu")
+"""Where pipelines are made: a device may have room for their weights in bf16 alone."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Drawer:
-    """Stock pipelines, on this rank's device."""
+    """Stock pipelines."""
 
     pipeline: DiffusionPipeline
     """The one that draws, or of Wuerstchen and Kandinsky the prior's."""
@@ -92,9 +95,7 @@ def sample_prompts(path: Path, options: Options) -> int:
     )
     drawer = open_drawer(path, given)
     requests = sized_requests(wanted, drawer)
-    for pipeline in (drawer.pipeline, drawer.decoder):
-        if pipeline is not None:
-            place_parts(pipeline, device=ranks.device(), precision=precision)
+    _place(drawer, precision)
     paint = painter(drawer.pipeline, drawer.decoder)
     if ranks.is_rank_0():
         logger.info("%s: drawing %d images", path, len(requests))
@@ -122,8 +123,14 @@ def sized_requests(wanted: Asked, drawer: Drawer) -> list[PictureRequest]:
     return [replace(request, size=(drawer.size, drawer.size)) for request in requests]
 
 
+def _place(drawer: Drawer, precision: Precision) -> None:
+    for pipeline in (drawer.pipeline, drawer.decoder):
+        if pipeline is not None:
+            place_parts(pipeline, device=ranks.device(), precision=precision)
+
+
 def open_drawer(path: Path, given: Given) -> Drawer:
-    """The pipelines of a RUN_DIR, of an export of halfstep, or of a stock pipeline's folder.
+    """The pipelines of a RUN_DIR, of an export of halfstep, or of a stock pipeline's folder; on the host.
 
     Raises: ValueError if there is none, or what is given beside it is of no use."""
     if (path / "descriptor.json").is_file() and (path / "manifest.json").is_file():
@@ -150,6 +157,7 @@ def draw_card_pictures(finished: Finished, pipeline: DiffusionPipeline) -> bytes
     if latent_objective(recipe).inpainting is not None or not can_draw(recipe):
         return None
     drawer = _around(finished, pipeline, companion_of(recipe))
+    _place(drawer, "fp32")
     prompts = prompts_of(recipe)[:_CARD_PROMPTS]
     seeds = [recipe.validation.seed + number for number in range(_CARD_SEEDS)]
     requests = sheet_requests(recipe, prompts, seeds, size=None if drawer.size is None else (drawer.size, drawer.size))
@@ -172,17 +180,16 @@ def _of_run(run_dir: Path, given: Given) -> Drawer:
 
 def _around(finished: Finished, pipeline: DiffusionPipeline, companion: str | None) -> Drawer:
     """A run's pipeline with the one that it draws together with."""
-    device, size = ranks.device(), picture_side(finished.recipe, finished.image_size)
-    pipeline = pipeline.to(device)
+    size = picture_side(finished.recipe, finished.image_size)
     match finished.recipe.model:
         case WuerstchenPriorConfig() | Kandinsky22PriorConfig():
             if companion is None:
                 raise ValueError(f"{finished.path}: is a prior, whose images a decoder draws; give that one's folder, --decoder DIR")
-            other = load_pipeline(find_pipeline(companion), device=device)
+            other = load_pipeline(find_pipeline(companion), device=_HOST)
             return Drawer(pipeline, other, pipeline, size, finished.is_lora)
         case Kandinsky22DecoderConfig():
             assert companion is not None, "the recipe names a prior"
-            other = load_pipeline(find_pipeline(companion), device=device)
+            other = load_pipeline(find_pipeline(companion), device=_HOST)
             return Drawer(other, pipeline, pipeline, size, finished.is_lora)
         case _:
             if companion is not None:
@@ -209,7 +216,7 @@ def _of_export(folder: Path, given: Given) -> Drawer:
             raise ValueError(
                 f"{folder}: draws together with a second model; give its folder, --decoder DIR of a prior, --prior DIR of a decoder"
             )
-        other = load_pipeline(find_pipeline(companion), device=ranks.device())
+        other = load_pipeline(find_pipeline(companion), device=_HOST)
         pair = (other, pipeline) if isinstance(recipe.model, Kandinsky22DecoderConfig) else (pipeline, other)
         return Drawer(*pair, pipeline, size, True)
     return Drawer(pipeline, None, pipeline, size, True)
@@ -223,7 +230,7 @@ def _lora_on_base(folder: Path, recipe: RunConfig, base: str, revision: str | No
     wanted = read_json_object(folder / "descriptor.json").get("base_sha256")
     if found.sha256 != wanted:
         raise ValueError(f"{folder}: was trained on a base of sha256 {wanted}, {base} has {found.sha256}; give the right one, --base DIR")
-    pipeline = load_pipeline(find_pipeline(base, revision=revision), device=ranks.device())
+    pipeline = load_pipeline(find_pipeline(base, revision=revision), device=_HOST)
     if latent_objective(recipe).inpainting is not None and isinstance(pipeline, StableDiffusionPipeline):
         pipeline = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)  # pyright: ignore[reportArgumentType]
     if (folder / "scheduler").is_dir():
@@ -244,7 +251,7 @@ def _joined(folder: Path, companion: str | None, size: int | None) -> Drawer:
     if companion is None and name in DECODER_OF.values():
         raise ValueError(f"{folder}: is a decoder, which is told what to draw by its prior; give that one's folder, --prior DIR")
     other = None if companion is None else find_pipeline(companion)
-    first, second = load_with_decoder(folder, other, device=ranks.device())
+    first, second = load_with_decoder(folder, other, device=_HOST)
     own = second if second is not None and name in DECODER_OF.values() else first
     return Drawer(first, second, own, size, False)
 

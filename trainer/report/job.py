@@ -78,7 +78,7 @@ def draw_pictures(directory: Path, *, single_steps: int | None, draws: bool = Tr
         counts.add(min(single_steps, max(counts)))
     rows = []
     for entry in models.entries(counts):
-        costs = (single_steps is not None and entry.steps > single_steps) or (entry.is_cut and entry.steps > MOST_MEASURED_STEPS)
+        costs = entry.is_cut and entry.steps > MOST_MEASURED_STEPS if single_steps is None else entry.steps > single_steps
         row = picture_row(entry, directory) if draws and not costs else kept_picture_row(entry, directory)
         rows += [] if row is None else [row]
     return tuple(rows)

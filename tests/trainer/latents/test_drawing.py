@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from data_shards import ranks
 from tests.trainer.latents.finished_runs import PROMPTS, STEPS, Bases, drawn, drawn_by, largest_difference, recipe, write_run
 from trainer.export import export_run
 from trainer.export_folder import LORA_FILE
-from trainer.latents.drawing import Drawer, Given
+from trainer.latents.drawing import Drawer, Given, open_drawer
 from trainer.latents.export import export_latent_run
 from trainer.latents.finished import load_finished
 from trainer.latents.pipelines import Parts, assemble
@@ -104,6 +106,22 @@ def test_bf16_draws_the_same_pictures_but_for_its_rounding(bases: Bases, tmp_pat
         assert sample_job(bases(kind), options) == 0
     fp32, bf16 = (np.asarray(Image.open(tmp_path / name / "image_00000.png")).astype(int) for name in ("fp32", "bf16"))
     assert largest_difference(fp32, bf16) > 0 and np.abs(fp32 - bf16).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "companion"),
+    [("stable_diffusion", None), ("wuerstchen_prior", "wuerstchen_prior/decoder"), ("kandinsky22_decoder", "kandinsky22_prior")],
+)
+def test_pipelines_are_made_on_the_host_and_come_to_the_device_in_their_precision(
+    bases: Bases, run_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str, companion: str | None
+) -> None:
+    name, _, part = (companion or "").partition("/")
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("meta"))
+    drawers = [open_drawer(bases(kind), Given(companion=companion and str(bases(name) / part)))]
+    drawers += [open_drawer(run_dir, Given())] if companion is None else []
+    for drawer in drawers:
+        models = [model for each in (drawer.pipeline, drawer.decoder) if each for model in each.components.values()]
+        assert {weight.device.type for model in models if isinstance(model, nn.Module) for weight in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "wuerstchen_prior", "kandinsky22_prior"])

@@ -186,6 +186,13 @@ def test_runs_of_a_sweep_are_a_table_of_what_differs(write_run: WriteRun, tmp_pa
     assert "The same seeds, model by model" in page.text and page.tags.count("img") == 3 * 8
 
 
+def test_runs_of_more_levels_than_are_drawn_are_compared_in_fewer_steps(write_run: WriteRun, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(seed), levels=64, seed=seed) for seed in range(2)]
+    report_job(tmp_path, {"dirs": [str(run) for run in runs], "out": str(tmp_path / "page.html")})
+    page = read_page(tmp_path / "page.html")
+    assert "The same seeds, model by model" in page.text and page.tags.count("img") == 2 * 8
+
+
 def test_more_runs_than_colours_have_a_small_curve_each(write_run: WriteRun, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run_{number}", levels=16) for number in range(7)]
     for number, run_dir in enumerate(runs):
