@@ -42,7 +42,7 @@ def main() -> None:
     """Print a JSON line for each way of running it, of wall time and of processor time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", type=Path, required=True, help="a checkout of github.com/huggingface/diffusers")
-    parser.add_argument("--quick", action="store_true", help="one short repeat, about five minutes")
+    parser.add_argument("--quick", action="store_true", help="one short repeat")
     parser.add_argument("--repeats", type=int, help="repeats to take (1 with --quick, else 5)")
     options = parser.parse_args()
     check_scripts(parser, options.diffusers, [SCRIPT])
