@@ -14,12 +14,15 @@ compiles neither.
 square bf16 products, against theirs at its best."""
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers_steps import RANKS, Bench, Recipe, Speed, best_pairs, best_ways, check_scripts, report
 from gpu_parts.bench import matmul_teraflops
 from measure import print_ratio
@@ -32,6 +35,8 @@ SCRIPT = "examples/unconditional_image_generation/train_unconditional.py"
 BATCH, SIDE = 8, 64
 # Their script draws pictures at the end of its first epoch, which a run must not come to.
 PICTURES = 1024
+PROFILED_STEPS = 14
+"""So many hold those that --profile watches."""
 EQUAL = ("ours fp32", "theirs fp32", "ours bf16", "theirs bf16")
 MODEL = TinyUNetConfig(
     channels=(64, 128, 192, 192), attention=(False, False, True, True), layers_per_block=2, attention_heads=4, norm_groups=32
@@ -44,6 +49,7 @@ def main() -> None:
     parser.add_argument("--diffusers", type=Path, required=True, help="a checkout of github.com/huggingface/diffusers")
     parser.add_argument("--quick", action="store_true", help="one short repeat")
     parser.add_argument("--repeats", type=int, help="repeats to take (1 with --quick, else 5)")
+    parser.add_argument("--profile", action="store_true", help="only show where a bf16 step of ours goes, a minute")
     options = parser.parse_args()
     check_scripts(parser, options.diffusers, [SCRIPT])
     steps, repeats = (8, 1) if options.quick else (24, 5)
@@ -52,6 +58,9 @@ def main() -> None:
         bench = Bench(Path(name), options.diffusers.resolve())
         bench.write_pictures(PICTURES, SIDE)
         build_tiny_unet(MODEL, SIDE).save_config(_shape(bench))
+        if options.profile:
+            _profile(bench)
+            return
         ways = _ways(bench, steps=steps, compiled=not options.quick)
         rounds = [{name: measure() for name, measure in ways.items()}]
         again = {*EQUAL, *best_ways(rounds)}
@@ -66,6 +75,15 @@ def main() -> None:
 
 def _report(way: str, pairs: list[tuple[Speed, Speed]]) -> None:
     report(f"unconditional_step_{way}", pairs, against="diffusers' train_unconditional.py", images=RANKS * BATCH)
+
+
+def _profile(bench: Bench) -> None:
+    recipe, run_dir = bench.folder / "profile.yaml", bench.folder / "profiled"
+    recipe.write_text(yaml.safe_dump(_recipe(bench, "bf16", {"steps": PROFILED_STEPS})))
+    command = [sys.executable, "-m", "launch", "train", str(recipe), "--run-dir", str(run_dir), "--ranks", str(RANKS), "--profile"]
+    subprocess.run(command, check=True)
+    for table in (run_dir / "profile").glob("*.txt"):
+        sys.stdout.write(table.read_text())
 
 
 def _report_limit(theirs: Sequence[Speed]) -> None:

@@ -1,5 +1,6 @@
 """What a process frees stays with it: the next step does not fault it in again."""
 
+import platform
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ def faults(way: str) -> int:
     return int(subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_second_step_finds_the_memory_of_the_first() -> None:
     assert faults("kept") < 100
     assert faults("as it is") > 10_000, "else the test cannot fail"
